@@ -1,0 +1,29 @@
+# make demo        train a small model with soft tokens on this machine      make demo mode=hard   the same with hard tokens
+# make test        every test, the fast ones first                           make check            lint, format and types
+# make setup       only the environment; the others do it by themselves, once, and again when pyproject.toml changes
+
+PYTHON ?= python3
+mode ?= soft
+ready := .venv/.ready
+
+.PHONY: setup demo test check clean
+
+setup: $(ready)
+
+$(ready): pyproject.toml setup.sh
+	@PYTHON="$(PYTHON)" bash setup.sh
+	@touch $@
+
+demo: $(ready)
+	.venv/bin/softrl train configs/demo.yaml policy.mode=$(mode)
+
+test: $(ready)
+	.venv/bin/python -m pytest -q
+
+check: $(ready)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,122 @@
+"""The `softrl` command. Exit codes: 0 done, 1 failed while running, 2 bad input. Heavy imports wait until a command needs them."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from configs.errors import InputError, RunError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="RL of models that think in soft tokens."
+)
+bench = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
+app.add_typer(bench, name="bench")
+
+ConfigPath = Annotated[Path, typer.Argument(help="a YAML recipe, e.g. configs/demo.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings, e.g. policy.mode=fuzzy")]
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the run's newest checkpoint")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything, print the resolved config, start nothing")
+    ] = False,
+    replay: Annotated[Path | None, typer.Option(help="learn from rollouts written by `softrl rollout`")] = None,
+) -> None:
+    """Train a model: rollouts, learning and weight pushes on one machine or a Ray cluster."""
+    from configs.load import dump_config, load_config
+
+    resolved = load_config(config, overrides or [])
+    if dry_run:
+        from cluster.controller import prepare
+
+        model_dir, problems, validation = prepare(resolved)
+        print(dump_config(resolved), end="")
+        print(
+            f"# model at {model_dir}; {len(problems)} training and {len(validation)} validation problems; nothing was started"
+        )
+    elif replay is not None:
+        from cluster import offline
+
+        offline.replay(resolved, replay)
+    else:
+        from cluster.controller import train as run_training
+
+        run_training(resolved, resume)
+
+
+@app.command()
+def rollout(
+    config: ConfigPath, out: Annotated[Path, typer.Option(help="folder for the trajectories")], overrides: Overrides = None
+) -> None:
+    """Draw rollouts only, and write them to files."""
+    from cluster import offline
+    from configs.load import load_config
+
+    offline.write(load_config(config, overrides or []), out)
+
+
+@app.command()
+def export(checkpoint: Path, out: Path) -> None:
+    """Turn a checkpoint of a run into an ordinary Hugging Face model folder."""
+    from configs.load import load_config
+    from learner.export import export as export_checkpoint
+
+    run_config = checkpoint.resolve().parent.parent / "config.yaml"
+    if not run_config.exists():
+        raise InputError(f"{checkpoint}: no run around it (expected {run_config}); give a folder runs/NAME/checkpoints/step_N")
+    export_checkpoint(checkpoint, out, load_config(run_config))
+    print(f"wrote {out}: load it with transformers or vLLM like any other model")
+
+
+@app.command()
+def doctor(model: Annotated[str, typer.Option(help="the model you mean to train")] = "smollm2-135m") -> None:
+    """Check this machine's installation, and say what to do about what is wrong."""
+    from cluster.doctor import diagnose, print_report
+
+    raise typer.Exit(print_report(diagnose(model)))
+
+
+@bench.command("rollout")
+def bench_rollout(
+    config: Annotated[Path, typer.Option(help="recipe that names the model and the engine")] = Path("configs/demo.yaml"),
+    overrides: Overrides = None,
+    json: Annotated[Path | None, typer.Option(help="write the figures here")] = None,
+    sequences: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Tokens per second: soft and hard in one engine, and a plain PyTorch loop."""
+    from cluster.bench_rollout import bench_rollout as run_bench
+    from cluster.bench_rollout import print_bench, write_bench
+    from configs.load import load_config
+
+    figures = run_bench(load_config(config, overrides or []), sequences=sequences)
+    print_bench(figures)
+    if json is not None:
+        write_bench(json, figures)
+
+
+def main() -> None:
+    """Entry point: every expected failure ends in one line on stderr and its exit code."""
+    console = Console(stderr=True, soft_wrap=True)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    try:
+        app(standalone_mode=True)
+    except (InputError, RunError) as error:
+        # An error raised in an actor arrives as both Ray's error and ours; the cause is the one that was raised.
+        cause = getattr(error, "cause", error)
+        console.print(f"softrl: {cause}", style="red", highlight=False, markup=False)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        console.print("softrl: interrupted; go on with --resume", style="yellow")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

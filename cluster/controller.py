@@ -1,0 +1,231 @@
+"""The main loop: rollouts, learning, push, in that order and as one.
+
+    for each step
+        engines   decode the step's groups                  | the controller waits for the next group   time/wait_rollout
+        learners  accumulate a group while others decode    | the controller waits for the last one     time/wait_learner
+        learners  finish the step, push the weights         | engines are paused                        push/pause_seconds
+        every so often: verify the push, save, validate
+
+    who waits            for whom              what unblocks it           deadline
+    controller           a scored group        the engines, the scorer    engine.request_timeout_s
+    controller           learner ranks         forward and backward       learner.step_timeout_s
+    learner rank 0       engines               weights loaded             push.timeout_s
+
+A batch is learned from with the weights that drew it (strictly on-policy): the optimiser steps when the last group is in, and
+engines draw nothing between that and the push.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster.live import LiveView
+from cluster.placement import Cluster, placed, ray_session
+from cluster.rollouts import Rollouts, require_prompts_fit
+from cluster.run_dir import RunDir
+from configs.errors import RunError
+from configs.load import config_hash
+from configs.schema import Config
+from cluster.step_metrics import StepMetrics
+from learner import checkpoint
+from rollout.evaluation import Accuracy, accuracy, evaluation_requests
+from rollout.models import load_tokenizer, resolve_model
+from rollout.reward import Scorer
+from rollout.tasks import Problem, batch_indices, load_task
+from rollout.trajectory import Group
+
+VERIFY_SEQUENCES = 4  # prompts whose log-probs prove a push
+
+
+def train(config: Config, resume: bool) -> None:
+    """Run `softrl train`. Raises InputError before anything is written, RunError when the run fails; both leave it resumable."""
+    model_dir, problems, validation = prepare(config)
+    with (
+        RunDir.create(config, resume) as run,
+        ray_session(config),
+        placed(config, model_dir) as cluster,
+        Scorer() as scorer,
+        LiveView(config) as view,
+    ):
+        training = Training(config, model_dir, problems, validation, cluster, scorer, run, view)
+        with recorded_end(run):
+            asyncio.run(training.run_all())
+
+
+def prepare(config: Config) -> tuple[str, list[Problem], list[Problem]]:
+    """The model's folder, the training and the validation problems, checked to fit. Raises InputError; starts nothing."""
+    model_dir = str(resolve_model(config.model.path))
+    problems, validation = load_task(config.task.train), load_task(config.task.validation)[: config.eval.problems]
+    require_prompts_fit(config, load_tokenizer(model_dir), problems + validation)
+    return model_dir, problems, validation
+
+
+class Training:
+    """One run between its first and its last step."""
+
+    def __init__(
+        self,
+        config: Config,
+        model_dir: str,
+        problems: list[Problem],
+        validation: list[Problem],
+        cluster: Cluster,
+        scorer: Scorer,
+        run: RunDir,
+        view: LiveView,
+    ) -> None:
+        self.config, self.model_dir, self.problems, self.validation = config, model_dir, problems, validation
+        self.engines, self.learners, self.scorer, self.run, self.view = cluster.engines, cluster.learners, scorer, run, view
+        self.results: list[tuple[str, list[Accuracy]]] = []
+
+    async def run_all(self) -> None:
+        """Start or resume, take every step, end with a table of what was learned."""
+        await self._start()
+        steps = self.config.run.steps
+        if self.run.step == 0:
+            await self._validate(0)
+        for step in range(self.run.step, steps):
+            metrics = await self._step(step)
+            done = step + 1
+            if done == steps or done % self.config.checkpoint.every == 0:
+                await self._save(done)
+            if done == steps or (self.config.eval.every and done % self.config.eval.every == 0):
+                metrics |= await self._validate(done)
+            self.view.step(self.run.metrics.write(done, metrics))
+        self._conclude()
+
+    async def _step(self, step: int) -> dict[str, float]:
+        """Rollouts -> learning -> push. Returns the step's metrics; weights are at version step + 1."""
+        meter = StepMetrics()
+        self._send_all("begin_step", step)
+        accumulated: list[Any] = []
+        async for group in self._groups(step, meter):
+            accumulated += self._send_all("accumulate", group)
+        with meter.timed("time/wait_learner"):
+            await self._from_learners("accumulate", accumulated)
+            learned = (await self._from_learners("finish_step", self._send_all("finish_step")))[0]
+        pushed = await self._push(step + 1)
+        stats = await self._from_engines("stats", [engine.stats.remote() for engine in self.engines])
+        return meter.finish(learned, pushed, stats)
+
+    async def _groups(self, step: int, meter: StepMetrics) -> Any:
+        """The step's groups, with the time spent waiting for each on the meter."""
+        chosen = batch_indices(len(self.problems), step, self.config.rollout.prompts_per_step, self.config.run.seed)
+        groups = self.rollouts.groups(step, [self.problems[i] for i in chosen])
+        while True:
+            with meter.timed("time/wait_rollout"):
+                group = await self._wait("rollout", "the next group", self.config.engine.request_timeout_s, anext(groups, None))
+            if group is None:
+                return
+            meter.add_group(group)
+            yield group
+
+    async def _push(self, version: int) -> dict[str, float]:
+        """Push the weights; verify the first push and every `push.verify_every`-th."""
+        reports = await self._from_learners("push", self._send_all("push", version))
+        report = asdict(reports[0])
+        first = not hasattr(self, "_pushed")
+        self._pushed = True
+        if first or version % self.config.push.verify_every == 0:
+            distance = (await self._from_learners("verify", self._send_all("verify", version)))[0]
+            self.run.event("push_verified", version=version, logprob_distance=distance)
+        self.run.event("push", version=version, **report)
+        return {f"push/{name}": float(value) for name, value in report.items()}
+
+    async def _validate(self, step: int) -> dict[str, float]:
+        """Accuracy on the validation problems under every `eval.settings`."""
+        gold = {problem.index: problem.answer for problem in self.validation}
+        found = []
+        for setting in self.config.eval.settings:
+            requests = evaluation_requests(self.config, setting, self.validation, self.rollouts.prompt_ids, self.rollouts.sigma)
+            scored = accuracy(setting, self.rollouts.scored(requests, gold))
+            found.append(await self._wait("validation", setting, self.config.engine.request_timeout_s, scored))
+        self.results.append(("base model" if step == 0 else f"step {step}", found))
+        self.run.write_json(f"eval/step_{step:06d}.json", [asdict(a) | {"percent": a.percent} for a in found])
+        self.view.note(f"validation at step {step}: " + ", ".join(f"{a.setting} {a.percent:.1f}%" for a in found))
+        return {f"eval/{a.setting}": a.percent for a in found}
+
+    async def _save(self, step: int) -> None:
+        folder = checkpoint.step_folder(self.run.folder, step)
+        extra = {"step": step, "sigma": self.rollouts.sigma, "config_hash": config_hash(self.config)}
+        await self._from_learners("checkpoint", self._send_all("save", str(folder), extra))
+        checkpoint.prune(self.run.folder, self.config.checkpoint.keep)
+        self.run.event("checkpoint", step=step, path=str(folder))
+
+    # ------------------------------------------------------------------ start and end
+
+    async def _start(self) -> None:
+        """Start engines and learners side by side, load the checkpoint when resuming, push, and prove the push."""
+        config, timeout = self.config, self.config.engine.start_timeout_s
+        self.view.note(
+            f"starting {len(self.engines)} engine(s) and {len(self.learners)} learner rank(s) of {config.model.path}"
+        )
+        starting = [engine.start.remote() for engine in self.engines]
+        host, port = await self._wait("start", "learner rank 0", timeout, self.learners[0].address.remote())
+        learning = self._send_all("start", host, port)
+        reports = await self._wait("start", "engines", timeout, _all(starting))
+        learners = await self._wait("start", "learner ranks", timeout, _all(learning))
+        self.run.event("started", engines=reports, learners=learners)
+        sigma = config.policy.gamma * float(reports[0]["rms_embedding"])
+        tokenizer = load_tokenizer(self.model_dir)
+        self.rollouts = Rollouts(config, self.engines, tokenizer, self.scorer, sigma)
+        fixed = [self.rollouts.prompt_ids(problem) for problem in self.problems[:VERIFY_SEQUENCES]]
+        await self._from_learners("connect", self._send_all("connect", self.engines, fixed))
+        if self.run.resume_from is not None:
+            stored = await self._from_learners("load", self._send_all("load", str(self.run.resume_from)))
+            self.rollouts.sigma = float(stored[0]["sigma"])
+        await self._push(self.run.step)
+        self.run.status("training")
+
+    def _conclude(self) -> None:
+        """The table of validations, and where to look next."""
+        settings = self.config.eval.settings
+        rows = [[label, *(f"{a.percent:.1f}% ({a.correct}/{a.samples})" for a in found)] for label, found in self.results]
+        self.view.table(f"held-out accuracy, {self.config.run.name}", ["weights", *settings], rows)
+        folder, last = self.run.folder, checkpoint.step_folder(self.run.folder, self.config.run.steps)
+        self.view.note(f"metrics    {folder}/metrics.jsonl\ncheckpoint {last}\nnext       softrl export {last} my-model")
+
+    # ------------------------------------------------------------------ waiting
+
+    def _send_all(self, method: str, *args: Any) -> list[Any]:
+        return [getattr(learner, method).remote(*args) for learner in self.learners]
+
+    async def _from_learners(self, what: str, refs: list[Any]) -> list[Any]:
+        return await self._wait(what, "learner ranks", self.config.learner.step_timeout_s, _all(refs))
+
+    async def _from_engines(self, what: str, refs: list[Any]) -> list[Any]:
+        return await self._wait(what, "engines", self.config.engine.request_timeout_s, _all(refs))
+
+    async def _wait(self, name: str, for_whom: str, deadline_s: float, awaitable: Awaitable[Any]) -> Any:
+        """Every wait of the controller goes through here: it has a name and a deadline, and a lost actor becomes a RunError."""
+        with self.run.waiting(name, for_whom, deadline_s):
+            try:
+                return await asyncio.wait_for(awaitable, deadline_s)
+            except ray.exceptions.RayActorError as error:
+                raise RunError(
+                    f"{name}: {for_whom} died: {str(error).splitlines()[0]}; --resume from the last checkpoint"
+                ) from error
+
+
+async def _all(refs: list[Any]) -> list[Any]:
+    return list(await asyncio.gather(*refs))
+
+
+@contextmanager
+def recorded_end(run: RunDir) -> Iterator[None]:
+    """Leave status.json and events.jsonl saying how the run ended."""
+    try:
+        yield
+    except BaseException as error:
+        state = "interrupted" if isinstance(error, KeyboardInterrupt | asyncio.CancelledError) else "failed"
+        run.event(state, reason=str(error).splitlines()[0] if str(error) else type(error).__name__)
+        run.status(state)
+        raise
+    run.event("done")
+    run.status("done")

@@ -1,0 +1,97 @@
+"""The two halves of a run on their own: rollouts written to files, and learning from files."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster.controller import prepare
+from cluster.placement import placed, ray_session
+from cluster.rollouts import Rollouts
+from cluster.run_dir import RunDir
+from cluster.live import LiveView
+from cluster.step_metrics import StepMetrics
+from configs.errors import InputError
+from configs.load import config_hash
+from configs.schema import Config
+from learner import checkpoint
+from rollout.files import read_rollouts, write_rollouts
+from rollout.models import load_tokenizer, resolve_model
+from rollout.reward import Scorer
+from rollout.tasks import batch_indices
+from rollout.trajectory import Group
+
+
+def write(config: Config, out: Path) -> None:
+    """`softrl rollout`: the groups of run.steps steps of the untrained model, one file a step."""
+    model_dir, problems, _ = prepare(config)
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out}: not empty; give --out another folder, or remove it")
+    with (
+        ray_session(config),
+        placed(config, model_dir, with_learner=False) as cluster,
+        Scorer() as scorer,
+        LiveView(config) as view,
+    ):
+
+        async def draw() -> None:
+            reports = await asyncio.gather(*(engine.start.remote() for engine in cluster.engines))
+            sigma = config.policy.gamma * float(reports[0]["rms_embedding"])
+            rollouts = Rollouts(config, cluster.engines, load_tokenizer(model_dir), scorer, sigma)
+            for step in range(config.run.steps):
+                meter = StepMetrics()
+                chosen = batch_indices(len(problems), step, config.rollout.prompts_per_step, config.run.seed)
+                groups = []
+                async for group in rollouts.groups(step, [problems[i] for i in chosen]):
+                    meter.add_group(group)
+                    groups.append(group)
+                path = write_rollouts(
+                    out,
+                    f"step_{step:06d}",
+                    groups,
+                    model=config.model.path,
+                    weight_version=0,
+                    config_hash=config_hash(config),
+                    engine_dtype=config.engine.dtype,
+                )
+                view.step({"step": step + 1, **meter.finish({}, {}, [])})
+                view.note(f"wrote {path}")
+
+        asyncio.run(
+            asyncio.wait_for(draw(), config.engine.start_timeout_s + config.run.steps * config.engine.request_timeout_s)
+        )
+
+
+def replay(config: Config, folder: Path) -> None:
+    """`softrl train --replay`: learner ranks alone, one step for each file of written rollouts, in order."""
+    model_dir = str(resolve_model(config.model.path))
+    steps = [groups for groups in read_rollouts(folder)][: config.run.steps]
+    with RunDir.create(config, resume=False) as run, ray_session(config):
+        with placed(config, model_dir, with_engines=False) as cluster, LiveView(config) as view:
+            learners, deadline = cluster.learners, config.learner.step_timeout_s
+
+            def on_all(method: str, *args: Any) -> list[Any]:
+                with run.waiting(method, "learner ranks", deadline):
+                    return list(ray.get([getattr(rank, method).remote(*args) for rank in learners], timeout=deadline))
+
+            host, port = ray.get(learners[0].address.remote(), timeout=config.engine.start_timeout_s)
+            on_all("start", host, port)
+            for step, groups in enumerate(steps):
+                view.step(run.metrics.write(step + 1, learn(on_all, step, groups)))
+            last = checkpoint.step_folder(run.folder, len(steps))
+            on_all("save", str(last), {"step": len(steps), "config_hash": config_hash(config)})
+            view.note(f"checkpoint {last}")
+            run.status("done")
+
+
+def learn(on_all: Any, step: int, groups: list[Group]) -> dict[str, float]:
+    """One optimiser step from written groups."""
+    meter = StepMetrics()
+    on_all("begin_step", step)
+    for group in groups:
+        meter.add_group(group)
+        on_all("accumulate", group)
+    with meter.timed("time/wait_learner"):
+        learned = on_all("finish_step")[0]
+    return meter.finish(learned, {}, [])

@@ -1,0 +1,125 @@
+"""Where the actors of a run live: engines and learner ranks on the nodes, GPUs and cores of a Ray cluster.
+
+On GPUs every engine takes `tensor_parallel` GPUs of one node and every learner rank takes one, anywhere. On CPUs the cores of
+the machine are shared: rollouts and learning alternate more than they overlap, so each side may use all of them.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from configs.errors import InputError, RunError
+from configs.schema import Config
+from learner.worker import LearnerRank
+from rollout.engine import RolloutEngine, engine_environment
+
+PLACEMENT_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Handles of the actors of one run, started and reporting."""
+
+    engines: list[Any]  # ray handles of rollout.engine.RolloutEngine
+    learners: list[Any]  # ray handles of learner.worker.LearnerRank, by rank
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Connect to the cluster this process belongs to, or start one on this machine for the run's duration."""
+    own = not ray.is_initialized()
+    if own:
+        joins = "RAY_ADDRESS" in os.environ
+        local = {} if joins else {"num_cpus": max(os.cpu_count() or 1, _actors(config)), "include_dashboard": False}
+        ray.init(log_to_driver=True, logging_level="ERROR", configure_logging=True, **local)
+    try:
+        yield
+    finally:
+        if own:
+            ray.shutdown()
+
+
+@contextmanager
+def placed(config: Config, model_dir: str, *, with_learner: bool = True, with_engines: bool = True) -> Iterator[Cluster]:
+    """Create the actors on reserved resources, and remove both at the end, whatever happened."""
+    gpus = ray.cluster_resources().get("GPU", 0) > 0
+    engines = config.engine.count if with_engines else 0
+    ranks = config.learner.ranks if with_learner else 0
+    per_engine = config.engine.tensor_parallel
+    bundles = [{"CPU": 1.0} | ({"GPU": float(per_engine)} if gpus else {})] * engines
+    bundles += [{"CPU": 1.0} | ({"GPU": 1.0} if gpus else {})] * ranks
+    group = _reserve(bundles)
+    actors: list[Any] = []
+    try:
+        for i in range(engines):
+            cores = None if gpus else _cores(config.engine.threads)
+            options = _options(group, i, per_engine if gpus else 0, engine_environment(cores))
+            actors.append(ray.remote(RolloutEngine).options(**options).remote(config, model_dir, f"engine-{i}"))
+        for rank in range(ranks):
+            environment = {} if gpus else {"OMP_NUM_THREADS": str(config.learner.threads or _cores_each(ranks))}
+            options = _options(group, engines + rank, 1 if gpus else 0, environment | {"TOKENIZERS_PARALLELISM": "false"})
+            actors.append(ray.remote(LearnerRank).options(**options).remote(config, model_dir, rank))
+        yield Cluster(actors[:engines], actors[engines:])
+    finally:
+        _stop(actors[:engines])
+        for actor in actors:
+            ray.kill(actor)
+        remove_placement_group(group)
+
+
+def _reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
+    """A placement group for the bundles. Raises InputError when the cluster can never hold them, RunError when it is busy."""
+    have = ray.cluster_resources()
+    for kind in ("CPU", "GPU"):
+        need = sum(bundle.get(kind, 0.0) for bundle in bundles)
+        if need > have.get(kind, 0.0):
+            raise InputError(
+                f"engine.count and learner.ranks need {need:g} {kind}s, the cluster has {have.get(kind, 0.0):g}; lower them or add nodes"
+            )
+    group = placement_group(bundles, strategy="PACK")
+    try:
+        ray.get(group.ready(), timeout=PLACEMENT_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        remove_placement_group(group)
+        raise RunError(
+            f"placement: no room for {len(bundles)} actors within {PLACEMENT_TIMEOUT_S:.0f} s; is another run holding them?"
+        ) from None
+    return group
+
+
+def _options(group: PlacementGroup, bundle: int, gpus: int, environment: dict[str, str]) -> dict[str, Any]:
+    return {
+        "num_cpus": 1,
+        "num_gpus": gpus,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+        "runtime_env": {"env_vars": environment},
+    }
+
+
+def _stop(engines: list[Any]) -> None:
+    """Ask vLLM to leave by itself, so that no engine process outlives its actor."""
+    try:
+        ray.get([engine.stop.remote() for engine in engines], timeout=30)
+    except (ray.exceptions.RayError, TimeoutError):
+        pass  # the actor is killed next in any case
+
+
+def _actors(config: Config) -> int:
+    return config.engine.count + config.learner.ranks
+
+
+def _cores_each(parts: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // max(1, parts))
+
+
+def _cores(threads: int | None) -> list[int]:
+    """The cores of one CPU engine: all of them, or the first `threads`."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[: threads or len(cores)]

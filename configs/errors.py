@@ -1,0 +1,9 @@
+"""The two ways a softrl command can end badly, each with its exit code. Messages are one line: what, where, expected, what to do."""
+
+
+class InputError(Exception):
+    """The user's input cannot be used: a config, a data file, a model. Exit code 2; nothing was started or written."""
+
+
+class RunError(Exception):
+    """A run failed while running: a wait passed its deadline, a process died, a number is not finite. Exit code 1."""

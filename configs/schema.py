@@ -1,0 +1,177 @@
+"""Every key of a softrl run: its type, its default, its meaning.
+
+A field is documented where it is declared, has one default and is read in one place. Nothing here imports torch, vllm or ray,
+so a config is checked in milliseconds on a login node. `configs.load` reads YAML into these classes and checks values;
+the key `async` of the YAML is the field `async_` here, because Python keeps the word for itself.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Mode(StrEnum):
+    """What the next input is while the model thinks (paper, section 3)."""
+
+    hard = "hard"
+    soft = "soft"
+    fuzzy = "fuzzy"
+
+
+class Support(StrEnum):
+    recorded = "recorded"
+    full = "full"
+
+
+class Record(StrEnum):
+    compact = "compact"
+    full = "full"
+
+
+class Dtype(StrEnum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Schedule(StrEnum):
+    cosine = "cosine"
+    constant = "constant"
+
+
+class Advantage(StrEnum):
+    rloo = "rloo"
+    grpo = "grpo"
+
+
+class PushBackend(StrEnum):
+    auto = "auto"
+    shm = "shm"
+    nccl = "nccl"
+    ipc = "ipc"
+
+
+@dataclass
+class RunConfig:
+    name: str = "run"  # the run's folder is dir/name
+    dir: str = "runs"
+    seed: int = 0  # noise, data order and sampling all derive from it
+    steps: int = 4000  # optimiser steps
+
+
+@dataclass
+class ModelConfig:
+    path: str = "smollm2-135m"  # the embedded default, a Hugging Face id, or a local checkpoint folder
+    dtype: Dtype = Dtype.bfloat16  # what `engine.dtype` and `learner.dtype` are unless set; what `softrl export` writes
+
+
+@dataclass
+class TaskConfig:
+    """A data set is a built-in name, `NAME?key=value&...` for a generator, or {path, question, answer} for a file or hub id."""
+
+    train: Any = "gsm8k"
+    validation: Any = "gsm8k:validation"
+    test: Any = "gsm8k:test"
+    prompt: str = "paper"  # "paper", or a template that contains {question}
+
+
+@dataclass
+class PolicyConfig:
+    mode: Mode = Mode.soft
+    tau: float | None = None  # CoT temperature; unset: the paper's own for the mode (hard 1, soft 0.5, fuzzy 0.0001)
+    gamma: float = 0.33  # sigma = gamma * RMS(E), per coordinate; hard mode has no noise
+    support: Support = Support.recorded  # evaluate the policy on the recorded support, or on the whole vocabulary (dense)
+    record: Record = Record.compact  # `full` also ships the soft embeddings themselves
+    max_cot_tokens: int = 128  # L
+    max_answer_tokens: int = 32
+
+
+@dataclass
+class RolloutConfig:
+    prompts_per_step: int = 2  # B
+    samples_per_prompt: int = 32  # G
+    answer_temperature: float = 1.0
+
+
+@dataclass
+class EngineConfig:
+    count: int = 1
+    tensor_parallel: int = 1
+    dtype: Dtype = "${model.dtype}"  # type: ignore[assignment]
+    max_num_seqs: int = 256  # requests decoded at once by one engine
+    max_model_len: int = 2048  # prompt + CoT + prefill + answer, in tokens
+    kv_cache_gib: float | None = None  # unset: 2 on a CPU, vLLM's own share of the memory on a GPU
+    enforce_eager: bool = False  # no torch.compile, no CUDA graphs (a CPU engine is always eager)
+    threads: int | None = None  # CPU threads of one engine; unset: computed from the cores at hand
+    start_timeout_s: float = 900.0
+    request_timeout_s: float = 1800.0
+
+
+@dataclass
+class LearnerConfig:
+    ranks: int = 1
+    dtype: Dtype = "${model.dtype}"  # type: ignore[assignment]  # compute; masters and gradients are always float32
+    lr: float = 6e-6
+    warmup_steps: int = 20
+    schedule: Schedule = Schedule.cosine  # from warm-up's end to zero at run.steps
+    clip: float = 1.0  # gradient norm
+    weight_decay: float = 0.0
+    advantage: Advantage = Advantage.rloo
+    cot_weight: float = 1.0  # factor on the CoT term of the loss; 0 learns from the answer alone
+    micro_batch_tokens: int = 16384
+    activation_checkpointing: bool = False
+    threads: int | None = None  # CPU threads of one rank; unset: computed from the cores at hand
+    step_timeout_s: float = 3600.0
+
+
+@dataclass
+class PushConfig:
+    backend: PushBackend = PushBackend.auto  # auto: nccl with GPUs, shared memory without
+    verify_every: int = 50  # steps between checks of the engine's weights; the first push is always checked
+    timeout_s: float = 600.0
+
+
+@dataclass
+class AsyncConfig:
+    max_staleness: int = 0  # steps a batch may lag behind the weights; 0 is strictly on-policy
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 50  # steps; the last step is always saved
+    keep: int = 3
+
+
+@dataclass
+class EvalConfig:
+    every: int = 50  # steps between validations; 0: only before the first and after the last step
+    settings: list[str] = field(default_factory=lambda: ["hard_greedy"])
+    samples: int = 1  # per problem; greedy settings always take 1
+    problems: int = 256  # of the validation set, the first ones
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    push: PushConfig = field(default_factory=PushConfig)
+    async_: AsyncConfig = field(default_factory=AsyncConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+TAU_OF_MODE = {Mode.hard: 1.0, Mode.soft: 0.5, Mode.fuzzy: 1e-4}  # paper, section 4.1
+
+EVAL_SETTINGS: dict[str, tuple[Mode, float, bool]] = {
+    # name: (mode, tau, noise). Greedy hard decoding is tau 0; greedy soft and fuzzy drop the noise (paper, section 4.2).
+    "hard_greedy": (Mode.hard, 0.0, False),
+    "hard_sample": (Mode.hard, 1.0, False),
+    "soft_greedy": (Mode.soft, 0.5, False),
+    "soft_sample": (Mode.soft, 0.5, True),
+    "fuzzy_greedy": (Mode.fuzzy, 1e-4, False),
+    "fuzzy_sample": (Mode.fuzzy, 1e-4, True),
+}

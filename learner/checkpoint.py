@@ -1,0 +1,134 @@
+"""Checkpoints of a run: one folder a step, written whole or not at all.
+
+    runs/NAME/checkpoints/step_000040/   *.distcp, .metadata    model, AdamW moments, step, by torch.distributed.checkpoint
+                                         controller.json        what the controller needs to go on: data order, versions
+
+A checkpoint is written into a hidden folder beside it and renamed when every rank is done, so a name that matches `step_*` is
+always a whole checkpoint. It holds full tensors by name: any number of ranks can read it.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from configs.errors import InputError, RunError
+
+FOLDER = "checkpoints"
+CONTROLLER = "controller.json"
+MODEL = "model"  # prefix of the model's tensors inside a checkpoint
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimiser steps belongs."""
+    return run_dir / FOLDER / f"step_{step:06d}"
+
+
+def save(folder: Path, step: int, model: nn.Module, optimiser: torch.optim.Optimizer, controller: Mapping[str, Any]) -> None:
+    """Writes `folder`, replacing it if it exists. Collective: every rank calls it with the same arguments.
+
+    `model` is the sharded Hugging Face model, so that tensors bear its names; `controller` must be JSON. Raises RunError on
+    every rank if any could not write (a full disk, say): nothing half-written is left, and what was in `folder` before still is.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    controller_json = json.dumps(dict(controller))
+    try:
+        _on_first_rank(lambda: _fresh(partial))
+        model_state, optimiser_state = get_state_dict(model, optimiser)
+        dcp.save({MODEL: model_state, "optimiser": optimiser_state, "step": step}, checkpoint_id=partial)
+        _on_first_rank(lambda: _publish(partial, folder, controller_json))
+    except (CheckpointException, OSError, RuntimeError) as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"{folder}: could not write the checkpoint ({_cause(error)}); free some space and --resume") from error
+
+
+def load(checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+    """Reads a checkpoint into a model and its optimiser, in place; returns (step, controller). Collective.
+
+    Raises InputError for a folder that is not a whole checkpoint of this model.
+    """
+    _require_whole(checkpoint)
+    model_state, optimiser_state = get_state_dict(model, optimiser)
+    state: dict[str, Any] = {MODEL: model_state, "optimiser": optimiser_state, "step": 0}
+    try:
+        dcp.load(state, checkpoint_id=checkpoint)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        raise InputError(f"{checkpoint}: not a checkpoint of this model ({_cause(error)})") from error
+    set_state_dict(model, optimiser, model_state_dict=state[MODEL], optim_state_dict=state["optimiser"])
+    return int(state["step"]), json.loads((checkpoint / CONTROLLER).read_text())
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The run's newest whole checkpoint, or None."""
+    found = _whole(run_dir)
+    return found[-1] if found else None
+
+
+def prune(run_dir: Path, keep: int) -> list[Path]:
+    """Deletes all but the newest `keep` checkpoints, and what broken-off writes left; returns the deleted ones. One process."""
+    doomed = _whole(run_dir)[: -keep or None]
+    for checkpoint in doomed:
+        checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.deleted"))  # never a half-deleted `step_*`
+    for leftover in (run_dir / FOLDER).glob(".step_*"):
+        shutil.rmtree(leftover)
+    return doomed
+
+
+def _whole(run_dir: Path) -> list[Path]:
+    return sorted(path for path in (run_dir / FOLDER).glob("step_*") if (path / CONTROLLER).exists())
+
+
+def _require_whole(checkpoint: Path) -> None:
+    for name in (".metadata", CONTROLLER):
+        if not (checkpoint / name).exists():
+            raise InputError(f"{checkpoint}: no {name}, so not a checkpoint; expected e.g. RUN/{FOLDER}/step_000040")
+
+
+def _fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _publish(partial: Path, final: Path, controller_json: str) -> None:
+    with open(partial / CONTROLLER, "w") as file:
+        file.write(controller_json)
+        file.flush()
+        os.fsync(file.fileno())
+    if final.exists():  # the same step again, after a resume from an older one
+        replaced = final.with_name(f".{final.name}.deleted")
+        final.rename(replaced)
+        partial.rename(final)
+        shutil.rmtree(replaced)
+    else:
+        partial.rename(final)
+
+
+def _on_first_rank(act: Callable[[], None]) -> None:
+    """Runs `act` on rank 0 while the others wait; if it fails there, every rank raises the same OSError."""
+    failure: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            act()
+        except OSError as error:
+            failure[0] = str(error)
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise OSError(failure[0])
+
+
+def _cause(error: BaseException) -> str:
+    """One line: the first failing rank's own message."""
+    if isinstance(error, CheckpointException):
+        rank, (inner, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {str(inner).strip().splitlines()[0]}"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,96 @@
+"""LearnerRank: the Ray actor that holds one rank of the learner and, on rank 0, the line to the engines.
+
+Every method is called on all ranks in the same order by the controller; Ray runs an actor's calls in the order they came, so the
+collectives inside them meet.
+"""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from configs.schema import Config, PushBackend
+from learner.push import Pusher, PushReport, free_port
+from rollout.trajectory import Group
+
+
+class LearnerRank:
+    """One FSDP2 rank. `rank` of `config.learner.ranks`."""
+
+    def __init__(self, config: Config, model_dir: str, rank: int) -> None:
+        self.config, self.model_dir, self.rank = config, model_dir, rank
+        if config.learner.threads is not None:
+            torch.set_num_threads(config.learner.threads)
+
+    def address(self) -> tuple[str, int]:
+        """Where rank 0 will listen for the others."""
+        return ray.util.get_node_ip_address(), free_port()
+
+    def start(self, host: str, port: int) -> dict[str, Any]:
+        """Join the process group and build the policy; returns what the controller logs of it."""
+        from learner.learner import Learner
+
+        on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            init_method=f"tcp://{host}:{port}",
+            rank=self.rank,
+            world_size=self.config.learner.ranks,
+            timeout=timedelta(seconds=self.config.learner.step_timeout_s),
+        )
+        self.learner = Learner(self.config, Path(self.model_dir), self.rank, self.config.learner.ranks, device)
+        return {
+            "rank": self.rank,
+            "device": torch.cuda.get_device_name(0) if on_gpu else "cpu",
+            "threads": torch.get_num_threads(),
+            "pid": os.getpid(),
+            "rms_embedding": self.learner.rms_embedding(),
+        }
+
+    def connect(self, engines: list[Any], fixed_sequences: list[NDArray[np.int32]]) -> None:
+        """Open the push to the engines; `fixed_sequences` are the token ids that a push is verified with."""
+        backend = self.config.push.backend
+        if backend is PushBackend.auto:
+            backend = PushBackend.nccl if torch.cuda.is_available() else PushBackend.shm
+        self.fixed_sequences = fixed_sequences
+        self.pusher = Pusher(
+            backend=backend,
+            rank=self.rank,
+            engines=engines,
+            workers_per_engine=self.config.engine.tensor_parallel,
+            engine_dtype=self.config.engine.dtype,
+            timeout_s=self.config.push.timeout_s,
+            tensors=self.learner.full_tensors,
+            metas=self.learner.tensor_shapes(),
+        )
+
+    def begin_step(self, step: int) -> None:
+        self.learner.begin_step(step)
+
+    def accumulate(self, group: Group) -> None:
+        """Forward and backward over this rank's share of a group."""
+        self.learner.accumulate(group)
+
+    def finish_step(self) -> dict[str, float]:
+        return self.learner.finish_step()
+
+    def push(self, version: int) -> PushReport:
+        return self.pusher.push(version)
+
+    def verify(self, version: int) -> float:
+        """Distance between the engines' log-probs of the fixed sequences and ours; only rank 0 asks the engines."""
+        mine = self.learner.token_logprobs(self.fixed_sequences)
+        return self.pusher.verify(self.fixed_sequences, mine, version) if self.rank == 0 else 0.0
+
+    def save(self, folder: str, extra: dict[str, Any]) -> None:
+        self.learner.save(Path(folder), extra)
+
+    def load(self, folder: str) -> None:
+        self.learner.load(Path(folder))

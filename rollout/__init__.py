@@ -1,0 +1,9 @@
+"""MAKES trajectories: tasks and prompts, the engine with its soft decoding, rewards, evaluation.
+
+In: problems, a policy's mode, tau and sigma, and weights. Out: Trajectory, Sample and Group (rollout/trajectory.py).
+
+    tasks -> prompt -> engine (Ray actor) ---------------- AsyncLLM ----------------> trajectory -> reward -> Group
+                                |                              |                          ^
+                                |   worker_extension: adapter_v1 -> soft_decoding -> record
+                                +-- weight_transfer <- learner.push
+"""

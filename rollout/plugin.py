@@ -1,0 +1,58 @@
+"""What vLLM loads in every one of its processes through the `vllm.general_plugins` entry point.
+
+It registers the shared-memory weight transfer, and gives the KV blocks of a softrl request's chain of thought a prefix-cache key
+of their own: vLLM keys a block by its token ids, and two soft histories with equal shadow ids have different keys and values.
+Prompt blocks keep vLLM's key, so the samples of a group share their prompt.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from configs.versions import TESTED_VLLM
+
+
+EXTRA_ARG = "softrl"  # the key of a request's options in SamplingParams.extra_args
+SHM_BACKEND = "softrl_shm"
+
+
+def register() -> None:
+    """Idempotent; vLLM may call it several times. Raises RuntimeError on a vLLM that softrl was not tested with."""
+    import vllm
+
+    if vllm.__version__.split("+")[0] not in TESTED_VLLM:
+        raise RuntimeError(f"vllm {vllm.__version__}: softrl is tested with {', '.join(TESTED_VLLM)}; install one of those")
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if SHM_BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(SHM_BACKEND, "rollout.weight_transfer", "SharedMemoryWeightTransferEngine")
+    _patch_block_hash()
+
+
+def _patch_block_hash() -> None:
+    """Wrap vllm/v1/core/kv_cache_utils.py:generate_block_hash_extra_keys wherever it has been imported by name."""
+    from vllm.v1.core import block_pool, kv_cache_utils
+
+    name = "generate_block_hash_extra_keys"
+    original = getattr(kv_cache_utils, name)
+    if hasattr(original, "__wrapped__"):
+        return
+    wrapped = private_thoughts(original)
+    for module in (kv_cache_utils, block_pool, sys.modules.get("vllm.v1.simple_kv_offload.manager")):
+        if module is not None:
+            setattr(module, name, wrapped)
+
+
+def private_thoughts(original: Callable[..., tuple[tuple[Any, ...] | None, int]]) -> Callable[..., Any]:
+    """`original`, with the request's own id as one more key for every block that reaches past a softrl prompt."""
+
+    @functools.wraps(original)
+    def keys(request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> tuple[tuple[Any, ...] | None, int]:
+        extra, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
+        params = request.sampling_params
+        if end_token_idx > request.num_prompt_tokens and params is not None and EXTRA_ARG in (params.extra_args or {}):
+            extra = (*(extra or ()), (EXTRA_ARG, request.request_id))
+        return extra, next_mm_idx
+
+    return keys

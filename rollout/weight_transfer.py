@@ -1,0 +1,74 @@
+"""Weight push through shared memory: the receiving side, inside a vLLM worker.
+
+The learner writes one safetensors file to a memory-backed folder; every worker on the node maps it and loads from it. What vLLM
+calls a checkpoint-format engine (vllm/distributed/weight_transfer/nccl_engine.py is the model): the layerwise reload before and
+after lets vLLM repack weights for its kernels, and a tensor that is missing, doubled or of another shape is refused by name.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+
+from rollout.checksums import tensor_checksum
+
+
+@dataclass
+class SharedMemoryInitInfo(WeightTransferInitInfo):
+    """The manifest every push must match: names, dtypes and shapes in order."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+
+@dataclass
+class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
+    path: str  # safetensors file in memory-backed storage
+    checksums: list[str]  # of each tensor, in the manifest's order
+
+
+class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
+    """Loads a whole model from a file written by learner.push."""
+
+    init_info_cls = SharedMemoryInitInfo
+    update_info_cls = SharedMemoryUpdateInfo
+    manifest: SharedMemoryInitInfo | None = None
+
+    def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
+        self.manifest = init_info
+
+    def start_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
+        """Check the whole file, then load it. Raises ValueError naming the tensor, before any weight is touched."""
+        assert self.manifest is not None, "init_transfer_engine comes first"
+        with safetensors.safe_open(update_info.path, framework="pt") as file:
+            check_file(file, self.manifest, update_info.checksums)
+            self.model.load_weights((name, file.get_tensor(name).to(self.device)) for name in self.manifest.names)
+
+    def finish_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        self.manifest = None
+
+
+def check_file(file: Any, manifest: SharedMemoryInitInfo, checksums: list[str]) -> None:
+    """Raises ValueError when the file's tensors are not exactly the manifest's, or not the bytes that the learner sent."""
+    sent, expected = set(file.keys()), set(manifest.names)
+    if sent != expected:
+        missing, extra = sorted(expected - sent)[:3], sorted(sent - expected)[:3]
+        raise ValueError(f"weight push refused: missing tensors {missing}, unexpected tensors {extra}")
+    for name, dtype, shape, checksum in zip(manifest.names, manifest.dtype_names, manifest.shapes, checksums, strict=True):
+        tensor = file.get_tensor(name)
+        if list(tensor.shape) != list(shape) or str(tensor.dtype) != f"torch.{dtype}":
+            raise ValueError(f"weight push refused: {name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}")
+        if tensor_checksum(tensor) != checksum:
+            raise ValueError(f"weight push refused: the bytes of {name} are not those the learner sent")

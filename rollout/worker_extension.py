@@ -1,0 +1,88 @@
+"""What softrl adds to every vLLM worker process, through vLLM's own `worker_extension_cls` and `collective_rpc`."""
+
+import json
+from typing import Any
+
+import torch
+import vllm
+from transformers import AutoTokenizer
+
+from rollout import adapter_v1
+from rollout.soft_decoding import SoftDecoder
+from rollout.token_tables import build_token_tables
+from rollout.wire import AttachSpec, pack_records
+
+
+class SoftWorkerExtension:
+    """Methods that the engine actor calls on each worker. Nothing soft happens before `softrl_attach`."""
+
+    model_runner: Any
+
+    def softrl_attach(self, spec_json: str) -> str:
+        """Install the soft decoder in this worker's model runner; returns a JSON report of what is now running."""
+        spec = AttachSpec.from_json(spec_json)
+        model = self.model_runner.get_model()
+        embedding, head = input_embedding(model), output_head(model)
+        vocab_size = self.model_runner.model_config.get_vocab_size()
+        tables = build_token_tables(AutoTokenizer.from_pretrained(spec.tokenizer), vocab_size, spec.stop_phrase, spec.eos_ids)
+        decoder = SoftDecoder(
+            slots=2 * spec.max_num_seqs,  # preempted requests keep their slot while others run
+            max_cot_tokens=spec.max_cot_tokens,
+            max_answer_tokens=spec.max_answer_tokens,
+            tables=tables,
+            prefills=spec.prefills,
+            stop_id=spec.stop_id,
+            embedding=embedding,
+            head=head,
+        )
+        adapter_v1.attach(self.model_runner, decoder)
+        return json.dumps(
+            {
+                "adapter": "v1",
+                "runner": type(self.model_runner).__name__,
+                "vllm": vllm.__version__,
+                "dtype": str(embedding.dtype).removeprefix("torch."),
+                "tied": embedding.data_ptr() == head.data_ptr(),
+                "vocab_size": vocab_size,
+                "rms_embedding": rms(embedding[:vocab_size]),
+                "threads": torch.get_num_threads(),
+            }
+        )
+
+    def softrl_take(self, record_ids: list[str]) -> bytes:
+        """Finished records as one safetensors blob (rollout.wire); each is handed out once."""
+        return pack_records(self.model_runner.softrl_take(record_ids))
+
+    def softrl_refresh(self) -> None:
+        """Look the weights up again after a push, which may have moved them."""
+        model, decoder = self.model_runner.get_model(), self.model_runner.softrl_decoder
+        decoder.embedding, decoder.head = input_embedding(model), output_head(model)
+
+    def softrl_stats(self) -> str:
+        runner = self.model_runner
+        slots = len(runner.softrl_decoder.phase)
+        return json.dumps({"slots_used": slots - runner.softrl_decoder.free_slots, "records_untaken": len(runner.softrl_finished)})
+
+
+def input_embedding(model: Any) -> torch.Tensor:
+    """[V', n0], the rows that the mixture is made of. Raises ValueError where the model has none that we can find."""
+    for module in (getattr(model, "model", None), getattr(getattr(model, "language_model", None), "model", None), model):
+        embed = getattr(module, "embed_tokens", None)
+        if embed is not None:
+            return embed.weight.data
+    raise ValueError(f"{type(model).__name__}: no input embedding found at model.embed_tokens; this architecture is not supported")
+
+
+def output_head(model: Any) -> torch.Tensor:
+    """[V', d], the rows of the LM head, tied or not."""
+    for module in (model, getattr(model, "language_model", None)):
+        head = getattr(module, "lm_head", None)
+        if head is not None and getattr(head, "weight", None) is not None:
+            return head.weight.data
+    raise ValueError(f"{type(model).__name__}: no LM head found at lm_head; this architecture is not supported")
+
+
+def rms(matrix: torch.Tensor) -> float:
+    """Root mean square over all entries, in float64, a block of rows at a time."""
+    total = sum(float(block.double().square().sum()) for block in matrix.split(8192))
+    return (total / matrix.numel()) ** 0.5

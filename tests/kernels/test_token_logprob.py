@@ -1,0 +1,74 @@
+"""Token log-probabilities are those of F.log_softmax on float64 logits, with its gradients, without its [T, V] tensors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.token_logprob import token_logprob
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-3}
+
+
+def relative(result: Tensor, exact: Tensor) -> float:
+    return ((result.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 8, 1024])
+def test_values_entropy_and_gradients_are_those_of_log_softmax(dtype, chunk):
+    g = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(21, 24, generator=g, dtype=torch.float64) * 0.6).to(dtype).requires_grad_()
+    head = torch.randn(301, 24, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    targets, weights = torch.randint(0, 301, (21,), generator=g), torch.randn(21, generator=g, dtype=torch.float64)
+    logprob, entropy = token_logprob(hidden, head, targets, chunk)
+    grads = torch.autograd.grad((logprob * weights.to(logprob.dtype)).sum(), [hidden, head])
+
+    exact = [x.detach().double().requires_grad_() for x in (hidden, head)]
+    log_probs = F.log_softmax(exact[0] @ exact[1].T, -1)
+    exact_logprob = log_probs.gather(1, targets[:, None]).squeeze(1)
+    exact_grads = torch.autograd.grad((exact_logprob * weights).sum(), exact)
+    value_tolerance = min(TOLERANCE[dtype], 1e-5)
+    assert relative(logprob, exact_logprob) < value_tolerance
+    assert relative(entropy, -(log_probs.exp() * log_probs).sum(-1)) < value_tolerance
+    assert logprob.dtype == entropy.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert not entropy.requires_grad
+    for grad, expected in zip(grads, exact_grads, strict=True):
+        assert grad.dtype == dtype and relative(grad, expected) < TOLERANCE[dtype]
+
+
+def test_large_logits_stay_finite():
+    hidden, head = torch.tensor([[300.0]], requires_grad=True), torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    logprob, entropy = token_logprob(hidden, head, torch.tensor([1]))
+    logprob.sum().backward()
+    assert (logprob.item(), entropy.item()) == (-600.0, 0.0)
+    assert hidden.grad.item() == -2.0 and head.grad.flatten().tolist() == [-300.0, 300.0]
+
+
+def test_no_tokens_give_zero_gradients():
+    hidden, head = torch.empty(0, 4, requires_grad=True), torch.randn(10, 4, requires_grad=True)
+    logprob, entropy = token_logprob(hidden, head, torch.empty(0, dtype=torch.int64))
+    logprob.sum().backward()
+    assert logprob.shape == entropy.shape == (0,) and not head.grad.any()
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, head = torch.randn(5, 4, requires_grad=True), torch.randn(10, 4)
+    token_logprob(hidden, head, torch.arange(5))[0].sum().backward()
+    assert hidden.grad is not None and head.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_of_tokens_times_vocabulary_is_ever_alive(dtype, largest_tensor):
+    """T V is 400,000 elements here; the largest allowed is dW's 48,000."""
+    hidden, head = torch.randn(200, 24, dtype=dtype, requires_grad=True), torch.randn(2000, 24, dtype=dtype, requires_grad=True)
+    with largest_tensor:
+        token_logprob(hidden, head, torch.arange(200), chunk_tokens=8)[0].sum().backward()
+    assert largest_tensor.elements <= 2000 * 24
+
+
+def test_wrong_inputs_are_named():
+    with pytest.raises(ValueError, match=r"targets: shape \[4\], expected \[T\] = \[5\]"):
+        token_logprob(torch.randn(5, 4), torch.randn(10, 4), torch.arange(4))
+    with pytest.raises(ValueError, match=r"head: shape \[10, 3\], expected \[V, d\] = \[any, 4\]"):
+        token_logprob(torch.randn(5, 4), torch.randn(10, 3), torch.arange(5))

@@ -1,0 +1,88 @@
+"""The gradient of the loss equals float64 autograd of the paper's formula, on one rank and on two; two ranks are one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from configs.schema import Advantage, Config, Mode, Support
+from learner.learner import Learner
+from rollout.trajectory import Group
+from tests.learner import two_ranks
+from tests.learner.tiny import load_model, mixed_group, naive_gradients, relative, tiny_config
+
+MODES = [Mode.soft, Mode.hard, Mode.soft, Mode.fuzzy, Mode.soft]
+TOLERANCE = 1e-5
+
+
+def groups_of(folder: Path, modes: list[Mode] | None = None) -> list[Group]:
+    model = load_model(folder)
+    return [mixed_group(model, modes or MODES, prompt, seed) for seed, prompt in enumerate([(3, 14, 15, 9), (2, 7, 1)])]
+
+
+def learner_gradients(config: Config, folder: Path, groups: list[Group]) -> tuple[Learner, dict[str, torch.Tensor]]:
+    learner = Learner(config, folder, 0, 1, torch.device("cpu"))
+    learner.begin_step(0)
+    for group in groups:
+        learner.accumulate(group)
+    return learner, {name: p.grad.full_tensor().clone() for name, p in learner.policy.model.named_parameters()}
+
+
+def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    return max(relative(found[name], expected[name]) for name in expected)
+
+
+def config_for_two_prompts(**learner: Any) -> Config:
+    config = tiny_config(**learner)
+    config.rollout.prompts_per_step = 2
+    return config
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("support", list(Support))
+def test_one_rank(tied_dir: Path, untied_dir: Path, tied: bool, support: Support) -> None:
+    folder = tied_dir if tied else untied_dir
+    config = config_for_two_prompts()
+    config.policy.support = support
+    # The dense form divides float32 rounding by tau: at a fuzzy step's 1e-4 that is no longer small.
+    groups = groups_of(folder, [mode for mode in MODES if support is Support.recorded or mode is not Mode.fuzzy])
+    _, found = learner_gradients(config, folder, groups)
+    assert worst(found, naive_gradients(folder, groups, support)) < TOLERANCE
+
+
+@pytest.mark.parametrize("cot_weight", [0.0, 0.25])
+def test_cot_weight_scales_the_cot_term_alone(tied_dir: Path, cot_weight: float) -> None:
+    groups = groups_of(tied_dir)
+    _, found = learner_gradients(config_for_two_prompts(cot_weight=cot_weight), tied_dir, groups)
+    assert worst(found, naive_gradients(tied_dir, groups, cot_weight=cot_weight)) < TOLERANCE
+
+
+def test_the_estimator_of_the_config_is_used(tied_dir: Path) -> None:
+    groups = groups_of(tied_dir)
+    _, rloo = learner_gradients(config_for_two_prompts(), tied_dir, groups)
+    _, grpo = learner_gradients(config_for_two_prompts(advantage=Advantage.grpo), tied_dir, groups)
+    assert worst(grpo, rloo) > 0.5
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one(tied_dir: Path, tmp_path: Path) -> None:
+    # Three samples for two ranks, and micro-batches of 48 rows: some rank runs a filler.
+    config, groups = config_for_two_prompts(micro_batch_tokens=48), groups_of(tied_dir, MODES[:3])
+    mp.spawn(two_ranks.learn, (config, tied_dir, groups, tmp_path), nprocs=2)
+    seen = torch.load(tmp_path / "seen.pt")
+    assert worst(seen["gradients"], naive_gradients(tied_dir, groups)) < TOLERANCE
+
+    learner, alone = learner_gradients(config, tied_dir, groups)
+    assert worst(seen["gradients"], alone) < TOLERANCE
+    metrics = learner.finish_step()
+    for key in ("loss", "grad_norm", "residual_mean", "residual_max", "mismatch_s_p99", "cot_grad_hidden", "tokens", "lr"):
+        assert seen["metrics"][f"learner/{key}"] == pytest.approx(metrics[f"learner/{key}"], rel=1e-3, abs=1e-4), key
+    # A checkpoint of two ranks, read by one.
+    reader = Learner(config, tied_dir, 0, 1, torch.device("cpu"))
+    assert reader.load(tmp_path / "checkpoints" / "step_000001") == {"from": "two ranks"}
+    assert reader.step == 1
+    for name, tensor in reader.full_tensors(torch.float32):
+        assert torch.equal(tensor, seen["weights"][name]), name

@@ -1,0 +1,244 @@
+"""A rollout that was written is the rollout that is read: bit for bit, or a line that names the file and the key."""
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from configs.errors import InputError, RunError
+from configs.schema import Dtype, Mode
+from rollout.files import list_rollouts, read_rollouts, write_rollouts
+from rollout.trajectory import Group, Sample, Trajectory
+
+WIDTH = 6  # n0
+
+
+def trajectory(rng: np.random.Generator, mode: Mode, cot: int, answer: int, full: Dtype | None) -> Trajectory:
+    counts = np.zeros(cot, dtype=np.int64) if mode is Mode.hard else rng.integers(1, 5, cot)
+    entries = int(counts.sum())
+    itemsize = 2 if full is Dtype.bfloat16 else 4
+    return Trajectory(
+        prompt_ids=rng.integers(0, 50000, 7, dtype=np.int32),
+        prompt_index=int(rng.integers(2**40)),
+        sample_index=int(rng.integers(64)),
+        mode=mode,
+        tau=float(rng.random()),
+        sigma=0.0 if mode is Mode.hard else 0.0436172850051,
+        noise_seed=int(rng.integers(2**63)),
+        shadow_ids=rng.integers(0, 50000, cot, dtype=np.int32),
+        support_ids=rng.integers(0, 50000, entries, dtype=np.int32),
+        support_probs=rng.random(entries, dtype=np.float32),
+        support_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        dropped_mass=rng.random(cot, dtype=np.float32) * np.float32(1e-40),  # subnormal: no bit may be rounded away
+        soft_embeddings=None if full is None else rng.integers(0, 256, (cot, WIDTH * itemsize), dtype=np.uint8),
+        prefill_ids=rng.integers(0, 50000, 2, dtype=np.int32),
+        answer_ids=rng.integers(0, 50000, answer, dtype=np.int32),
+        answer_logprobs=-rng.random(answer, dtype=np.float32),
+        stop_reason=str(rng.choice(["closed", "eos", "length"])),
+        phrase_found=bool(rng.integers(2)),
+        weight_version_first=3,
+        weight_version_last=4,
+    )
+
+
+def batch(seed: int, cots: list[list[int]], modes: list[Mode], full: Dtype | None = None) -> list[Group]:
+    """Groups of samples with the given CoT lengths, in modes taken round robin."""
+    rng = np.random.default_rng(seed)
+    modes = modes * (1 + sum(map(len, cots)))
+    return [
+        Group(
+            step=40,
+            prompt_index=17 + g,
+            samples=tuple(
+                Sample(
+                    trajectory=trajectory(rng, modes.pop(0), cot, answer=i, full=full),
+                    reward=float(rng.choice([0.0, 10.0, 100.0])),
+                    correct=bool(i % 2),
+                    answer_text='\\frac{1}{2} \u2192 \ud800\n"',  # JSON must take whatever a tokenizer decodes
+                )
+                for i, cot in enumerate(lengths)
+            ),
+        )
+        for g, lengths in enumerate(cots)
+    ]
+
+
+def write(folder: Path, groups: list[Group], name: str = "step_000040", dtype: Dtype = Dtype.bfloat16) -> Path:
+    return write_rollouts(folder, name, groups, model="org/model", weight_version=3, config_hash="abc", engine_dtype=dtype)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return type(a) is type(b) and a == b
+
+
+def assert_equal(left: list[Group], right: list[Group]) -> None:
+    assert [(g.step, g.prompt_index, len(g.samples)) for g in left] == [(g.step, g.prompt_index, len(g.samples)) for g in right]
+    for a, b in zip([s for g in left for s in g.samples], [s for g in right for s in g.samples], strict=True):
+        assert (a.reward, a.correct, a.answer_text) == (b.reward, b.correct, b.answer_text)
+        for field in fields(Trajectory):
+            x, y = getattr(a.trajectory, field.name), getattr(b.trajectory, field.name)
+            assert same(x, y), (field.name, x, y)
+
+
+LENGTHS = [[3, 1], [0, 5], [2]]
+
+
+@pytest.mark.parametrize("modes", [[Mode.hard], [Mode.soft], [Mode.fuzzy], [Mode.soft, Mode.hard, Mode.fuzzy]], ids=str)
+@pytest.mark.parametrize("full", [None, Dtype.bfloat16, Dtype.float32], ids=str)
+def test_what_is_read_is_what_was_written(tmp_path: Path, modes: list[Mode], full: Dtype | None) -> None:
+    groups = batch(0, LENGTHS, modes, full)
+    write(tmp_path, groups, dtype=full or Dtype.bfloat16)
+    (back,) = read_rollouts(tmp_path)
+    assert_equal(groups, back)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.lists(st.lists(st.integers(0, 6), max_size=4), max_size=4), st.booleans())
+def test_any_shape_of_batch_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, cots: list[list[int]], full: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("rollouts")
+    groups = batch(seed, cots, [Mode.soft, Mode.hard], Dtype.bfloat16 if full else None)
+    write(folder, groups)
+    (back,) = read_rollouts(folder)
+    assert_equal(groups, back)
+
+
+def test_compact_and_full_records_lie_side_by_side(tmp_path: Path) -> None:
+    compact, full = batch(1, [[3, 0]], [Mode.soft]), batch(2, [[2, 0, 4]], [Mode.fuzzy], Dtype.bfloat16)
+    write(tmp_path, compact + full)
+    (back,) = read_rollouts(tmp_path)
+    assert_equal(compact + full, back)
+
+
+def test_files_come_in_the_order_of_steps_with_their_description(tmp_path: Path) -> None:
+    for step in (10, 9, 100):
+        write(tmp_path, batch(step, [[step % 7]], [Mode.soft]), name=f"step_{step:06d}")
+    described = list_rollouts(tmp_path)
+    assert [file.path.stem for file in described] == ["step_000009", "step_000010", "step_000100"]
+    assert {(f.model, f.weight_version, f.config_hash, f.engine_dtype) for f in described} == {
+        ("org/model", 3, "abc", "bfloat16")
+    }
+    assert [len(groups) for groups in read_rollouts(tmp_path)] == [1, 1, 1]
+    assert not [path for path in tmp_path.iterdir() if path.suffix not in (".json", ".safetensors")]
+
+
+def test_soft_embeddings_are_an_ordinary_tensor_in_the_engines_dtype(tmp_path: Path) -> None:
+    groups = batch(3, [[2, 3]], [Mode.soft], Dtype.bfloat16)
+    write(tmp_path, groups)
+    tensor = load_file(tmp_path / "step_000040.safetensors")["soft_embeddings"]
+    assert tensor.dtype is torch.bfloat16 and tensor.shape == (5, WIDTH)
+
+
+def test_writing_a_name_again_replaces_both_halves(tmp_path: Path) -> None:
+    write(tmp_path, batch(4, [[2]], [Mode.soft]))
+    second = batch(5, [[4, 1]], [Mode.hard])
+    write(tmp_path, second)
+    (back,) = read_rollouts(tmp_path)
+    assert_equal(second, back)
+
+
+# Files that cannot be used
+
+
+def damage_array(path: Path, **changes: torch.Tensor | None) -> None:
+    """Replace arrays of a safetensors file; None removes one."""
+    tensors = load_file(path) | {name: tensor for name, tensor in changes.items() if tensor is not None}
+    save_file({name: tensor for name, tensor in tensors.items() if changes.get(name, tensor) is not None}, path)
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "says"),
+    [
+        ("shadow_ids", None, "missing"),
+        ("shadow_ids", torch.zeros(3, dtype=torch.int32), r"expected int32 \[11\], found int32 \[3\]"),
+        ("support_probs", torch.zeros(4, dtype=torch.bfloat16), r"expected float32 \[\d+\], found bfloat16 \[4\]"),
+        ("cot_offsets", torch.tensor([0, 4, 3, 4, 9, 11]), "never fall"),
+        ("tau", torch.zeros(5, 1, dtype=torch.float64), r"expected float64 \[5\], found float64 \[5, 1\]"),
+        ("mode", torch.full((5,), 3, dtype=torch.uint8), "0 hard, 1 soft or 2 fuzzy, found 3"),
+        ("soft_embeddings", torch.zeros(11, 6), r"expected bfloat16 \[11, n0\], found float32 \[11, 6\]"),
+        ("soft_embeddings", None, "missing"),
+    ],
+)
+def test_an_array_that_does_not_fit_is_named(tmp_path: Path, key: str, tensor: torch.Tensor | None, says: str) -> None:
+    write(tmp_path, batch(6, LENGTHS, [Mode.soft], Dtype.bfloat16))
+    damage_array(tmp_path / "step_000040.safetensors", **{key: tensor})
+    with pytest.raises(InputError, match=rf"step_000040.safetensors: {key}: .*{says}"):
+        list(read_rollouts(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("model", None, "model: expected a JSON str, which is missing"),
+        ("weight_version", "3", "weight_version: expected a JSON int, found '3'"),
+        ("format", 7, "format = 7: expected 1"),
+        ("engine_dtype", "float16", "engine_dtype = float16: expected one of bfloat16, float32"),
+        ("stop_reason", ["eos"], "stop_reason: expected 5 texts"),
+        ("groups", [{"step": 1, "samples": 5}], "groups: .*prompt_index"),
+    ],
+)
+def test_a_json_key_that_does_not_fit_is_named(tmp_path: Path, key: str, value: Any, says: str) -> None:
+    path = write(tmp_path, batch(7, LENGTHS, [Mode.soft]))
+    content = json.loads(path.read_text()) | {key: value}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    with pytest.raises(InputError, match=rf"step_000040.json: {says}"):
+        list_rollouts(tmp_path)
+
+
+def test_folders_and_files_that_are_no_rollouts(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        list_rollouts(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no rollouts"):
+        list_rollouts(tmp_path)
+    path = write(tmp_path, batch(8, [[2]], [Mode.soft]))
+    arrays, text = path.with_suffix(".safetensors"), path.read_text()
+    path.unlink()
+    with pytest.raises(InputError, match=r"step_000040.json: missing"):
+        list_rollouts(tmp_path)
+    path.write_text(text[:-9])
+    with pytest.raises(InputError, match=r"step_000040.json: not readable as JSON"):
+        list_rollouts(tmp_path)
+    path.write_text(text)
+    arrays.write_bytes(arrays.read_bytes()[:-3])
+    with pytest.raises(InputError, match=r"step_000040.safetensors: not a readable safetensors file"):
+        list(read_rollouts(tmp_path))
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Any file that grows past `size` bytes fails to be written, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half(tmp_path: Path) -> None:
+    groups = batch(9, [[50] * 8], [Mode.soft], Dtype.bfloat16)
+    with files_of_at_most(4096), pytest.raises(RunError, match=r"step_000040.safetensors: cannot be written") as caught:
+        write(tmp_path, groups)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arrays_of_another_dtype_are_refused_rather_than_cast(tmp_path: Path) -> None:
+    (group,) = batch(10, [[3]], [Mode.soft])
+    wrong = replace(group.samples[0].trajectory, support_probs=group.samples[0].trajectory.support_probs.astype(np.float64))
+    with pytest.raises(TypeError, match="float64"):
+        write(tmp_path, [replace(group, samples=(replace(group.samples[0], trajectory=wrong),))])
+    assert list(tmp_path.iterdir()) == []

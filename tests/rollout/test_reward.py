@@ -1,0 +1,207 @@
+"""100, 10 or 0; equivalent answers are right; an answer that hangs or kills its checker costs that answer only."""
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.errors import RunError
+from rollout import reward
+from rollout.reward import Scorer, Verdict, boxed_answer, extract_boxed, quick_verdict
+from rollout.tasks import load_task
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+HANGS = "9^{9^{9^{9}}}"  # sympy never comes back from comparing it
+RIGHT, WRONG, NOTHING = Verdict(100.0, True), Verdict(10.0, False), Verdict(0.0, False)
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Iterator[Scorer]:
+    with Scorer(workers=2, deadline_s=10.0) as scorer:
+        yield scorer
+
+
+def checkers() -> dict[int, psutil.Process]:
+    """This process's checking processes by process id."""
+    children = psutil.Process().children()
+    return {child.pid: child for child in children if any("verifier.py" in word for word in child.cmdline())}
+
+
+# --- the box ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("so \\boxed{17}.", "17"),
+        ("\\boxed{1} then \\boxed{ \\frac{1}{2} } end", "\\frac{1}{2}"),
+        ("\\boxed{1} then \\boxed{2", "1"),
+        ("\\fbox{3}", "3"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
+        ("$\\boxed 5$", "5"),
+        ("\\boxed{}", ""),
+        ("no box", None),
+        ("\\boxed{\\", None),
+    ],
+)
+def test_the_last_balanced_box(text: str, content: str | None) -> None:
+    assert extract_boxed(text) == content
+
+
+@given(st.recursive(st.sampled_from(["x", "\\{", "\\\\", " 1 "]), lambda s: st.builds("{{{}}}{}".format, s, s)), st.text("}x."))
+def test_a_closed_box_is_cut_at_its_own_brace(content: str, rest: str) -> None:
+    assert extract_boxed(f"a \\boxed{{{content}}}{rest}") == content.strip()
+    assert boxed_answer(f"{content}}}{rest}", closed=True) == (content.strip() or None)
+
+
+@pytest.mark.parametrize(
+    ("text", "closed"), [(None, True), ("", True), ("  }", True), ("}", True), ("17", False), ("17}", False)]
+)
+def test_nothing_boxed_is_worth_nothing(text: str | None, closed: bool) -> None:
+    assert quick_verdict("17", boxed_answer(text, closed)) == NOTHING
+
+
+# --- right and wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "verdict"),
+    [
+        ("17", "17}", RIGHT),
+        ("17", "17", RIGHT),
+        ("17", " 17 }. So", RIGHT),
+        ("17", "18}", WRONG),
+        ("17", "17, 18}", WRONG),
+        ("17", "seventeen}", WRONG),
+        ("1080", "1,080}", RIGHT),
+        ("17", "17.0}", RIGHT),
+        ("18", "\\$18}", RIGHT),
+        ("\\frac{1}{2}", "0.5}", RIGHT),
+        ("\\frac{1}{2}", "\\dfrac12}", RIGHT),
+        ("\\frac{1}{2}", "1/3}", WRONG),
+        ("90^\\circ", "90}", RIGHT),
+        ("\\text{east}", "east}", RIGHT),
+        ("(1, 2)", "(2, 1)}", WRONG),
+        ("\\{1, 2\\}", "\\{2, 1\\}}", RIGHT),
+        ("x^2 - 1", "(x-1)(x+1)}", RIGHT),
+        ("17", "\\frac{}}", WRONG),
+        ("17", "}}{{\\\\\\left(}", NOTHING),
+        ("17", "17" * 5000 + "}", WRONG),
+    ],
+)
+def test_verdicts(scorer: Scorer, gold: str, answer: str, verdict: Verdict) -> None:
+    assert scorer.score_many([(gold, answer, True)]) == [verdict]
+
+
+@pytest.mark.parametrize(
+    "answer", ["\ud800", "\0", "\u202e17", "\\" * 99, "\\frac" * 20, "{" * 30 + "}" * 30, "١٧", "∞", "0/0"]
+)
+def test_strange_answers_are_judged_and_wrong(scorer: Scorer, answer: str) -> None:
+    assert scorer.score_many([("3", f"{answer}}}", True)])[0] == WRONG
+
+
+@given(st.integers(-(10**6), 10**6), st.integers(-2, 2))
+def test_plain_integers_need_no_algebra(number: int, error: int) -> None:
+    gold, answer = str(number), f"{number + error:,}"
+    assert quick_verdict(gold, answer) == (RIGHT if error == 0 else WRONG)
+
+
+def test_a_task_of_integers_starts_no_process() -> None:
+    before = len(checkers())
+    with Scorer(workers=2) as own:
+        assert own.score_many([("17", "17}", True), ("17", "18}", True), ("17", None, False)]) == [RIGHT, WRONG, NOTHING]
+        assert len(checkers()) == before
+
+
+def test_many_at_once_from_asyncio_keep_their_order(scorer: Scorer) -> None:
+    async def score_all() -> list[Verdict]:
+        return await asyncio.gather(*(scorer.score("\\frac{1}{2}", f"{i}/8}}", True) for i in range(24)))
+
+    assert [i for i, verdict in enumerate(asyncio.run(score_all())) if verdict.correct] == [4]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not on this machine")
+def test_gsm8k_gold_answers_score_and_their_neighbours_do_not(scorer: Scorer) -> None:
+    gold = [p.answer for p in load_task({"path": str(SHARED / "gsm8k/test.jsonl"), "question": "question", "answer": "answer"})]
+    assert set(scorer.score_many((g, g + "}", True) for g in gold)) == {RIGHT}
+    assert set(scorer.score_many((g, f"{float(g) + 1:g}}}" if "." in g else f"{int(g) + 1}}}", True) for g in gold)) == {WRONG}
+
+
+# --- processes that hang, die, or cannot start -----------------------------------------------------------------------
+
+
+def test_a_hanging_answer_is_cut_and_everything_else_goes_on() -> None:
+    async def score_all(own: Scorer) -> list[Verdict]:
+        easy = [own.score("\\frac{1}{2}", "2/4}", True) for _ in range(6)]
+        return await asyncio.gather(own.score("17", HANGS + "}", True), *easy)
+
+    with Scorer(workers=2, deadline_s=1.5) as own:
+        own.score_many([("\\frac{1}{2}", "2/4}", True)] * 2)  # so that starting is not in the time below
+        start = time.monotonic()
+        hung, *easy = asyncio.run(score_all(own))
+        assert hung == Verdict(10.0, False, timed_out=True)
+        assert set(easy) == {RIGHT}
+        assert 1.5 <= time.monotonic() - start < 20
+        assert own.score_many([("\\frac{1}{2}", "0.5}", True)] * 4) == [RIGHT] * 4
+
+
+def test_a_checker_that_was_killed_is_replaced() -> None:
+    others = checkers().keys()
+    with Scorer(workers=1) as own:
+        assert own.score_many([("\\frac{1}{2}", "0.5}", True)]) == [RIGHT]
+        (first,) = checkers().keys() - others
+        psutil.Process(first).kill()
+        assert own.score_many([("\\frac{1}{2}", "0.5}", True)]) == [RIGHT]
+        (second,) = checkers().keys() - others
+    assert first != second
+    assert checkers().keys() == others  # closing ends them
+
+
+def test_an_answer_that_kills_every_checker_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fragile = tmp_path / "verifier.py"
+    fragile.write_text(
+        "import os, sys\n"
+        "from multiprocessing.connection import Connection\n"
+        "pipe = Connection(int(sys.argv[1]))\n"
+        "pipe.send(None)\n"
+        "while 'bomb' not in pipe.recv():\n"
+        "    pipe.send(True)\n"
+        "os.abort()\n"
+    )
+    monkeypatch.setattr(reward, "VERIFIER", fragile)
+    with Scorer(workers=1) as own:
+        verdicts = own.score_many([("1/2", "0.5}", True), ("1/2", "bomb}", True), ("1/2", "0.5}", True)])
+    assert verdicts == [RIGHT, Verdict(10.0, False, timed_out=True), RIGHT]
+
+
+def test_checkers_load_no_torch_and_die_with_their_parent() -> None:
+    script = (
+        "import os, time\n"
+        "from rollout.reward import Scorer\n"
+        "scorer = Scorer(workers=1)\n"
+        "scorer.score_many([('1/2', '0.5}', True)])\n"
+        "pid = scorer._idle.queue[0]._process.pid\n"
+        "print(pid, 'torch' in open(f'/proc/{pid}/maps').read(), flush=True)\n"
+        "os._exit(1)\n"
+    )
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120).stdout.split()
+    pid, has_torch = int(output[0]), output[1]
+    assert has_torch == "False"
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=20)
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_checker_that_cannot_start_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "verifier.py"
+    broken.write_text("raise SystemExit(1)")
+    monkeypatch.setattr(reward, "VERIFIER", broken)
+    with Scorer(workers=1) as own, pytest.raises(RunError, match="does not start: it ended at once"):
+        own.score_many([("1/2", "0.5}", True)])
