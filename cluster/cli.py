@@ -105,7 +105,7 @@ def bench_rollout(
 def main() -> None:
     """Entry point: every expected failure ends in one line on stderr and its exit code."""
     console = Console(stderr=True, soft_wrap=True)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM reads it when a command first imports it
     try:
         app(standalone_mode=True)
     except (InputError, RunError) as error:

@@ -147,9 +147,9 @@ class Training:
             scored = accuracy(setting, self.rollouts.scored(requests, gold))
             found.append(await self._wait("validation", setting, self.config.engine.request_timeout_s, scored))
         self.results.append(("base model" if step == 0 else f"step {step}", found))
-        self.run.write_json(f"eval/step_{step:06d}.json", [asdict(a) | {"percent": a.percent} for a in found])
-        self.view.note(f"validation at step {step}: " + ", ".join(f"{a.setting} {a.percent:.1f}%" for a in found))
-        return {f"eval/{a.setting}": a.percent for a in found}
+        self.run.write_json(f"eval/step_{step:06d}.json", [asdict(a) | {"share": a.share} for a in found])
+        self.view.note(f"validation at step {step}: " + ", ".join(f"{a.setting} {a.share:.1%}" for a in found))
+        return {f"eval/{a.setting}": a.share for a in found}
 
     async def _save(self, step: int) -> None:
         folder = checkpoint.step_folder(self.run.folder, step)
@@ -186,7 +186,7 @@ class Training:
     def _conclude(self) -> None:
         """The table of validations, and where to look next."""
         settings = self.config.eval.settings
-        rows = [[label, *(f"{a.percent:.1f}% ({a.correct}/{a.samples})" for a in found)] for label, found in self.results]
+        rows = [[label, *(f"{a.share:.1%} ({a.correct}/{a.samples})" for a in found)] for label, found in self.results]
         self.view.table(f"held-out accuracy, {self.config.run.name}", ["weights", *settings], rows)
         folder, last = self.run.folder, checkpoint.step_folder(self.run.folder, self.config.run.steps)
         self.view.note(f"metrics    {folder}/metrics.jsonl\ncheckpoint {last}\nnext       softrl export {last} my-model")

@@ -22,6 +22,15 @@ from rollout.engine import RolloutEngine, engine_environment
 
 PLACEMENT_TIMEOUT_S = 600.0
 
+# Actors print to the terminal of the run: errors should, progress bars and start-up warnings should not.
+QUIET = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
@@ -64,7 +73,7 @@ def placed(config: Config, model_dir: str, *, with_learner: bool = True, with_en
             actors.append(ray.remote(RolloutEngine).options(**options).remote(config, model_dir, f"engine-{i}"))
         for rank in range(ranks):
             environment = {} if gpus else {"OMP_NUM_THREADS": str(config.learner.threads or _cores_each(ranks))}
-            options = _options(group, engines + rank, 1 if gpus else 0, environment | {"TOKENIZERS_PARALLELISM": "false"})
+            options = _options(group, engines + rank, 1 if gpus else 0, environment)
             actors.append(ray.remote(LearnerRank).options(**options).remote(config, model_dir, rank))
         yield Cluster(actors[:engines], actors[engines:])
     finally:
@@ -99,7 +108,7 @@ def _options(group: PlacementGroup, bundle: int, gpus: int, environment: dict[st
         "num_cpus": 1,
         "num_gpus": gpus,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
-        "runtime_env": {"env_vars": environment},
+        "runtime_env": {"env_vars": QUIET | environment},
     }
 
 

@@ -1,14 +1,15 @@
 """The baseline: soft-token generation as the paper had it, a plain PyTorch loop over transformers with a KV cache.
 
-    prompts, left-padded --> model --> p = softmax(logits / tau), p @ E over the whole vocabulary, + sigma * randn --> model --> ...
-                                                                  L times, then the forced prefill, then answer tokens
+    prompts, left-padded --> model --> p = softmax(logits / tau) --> p @ E over the whole vocabulary, + sigma * randn --.
+                               ^------------------------- L times, then forced prefill, then answer tokens ------------'
 
-All sequences advance together until all are done, as such loops do. What a loop for training would also have to do (find the stop
-phrase, keep a record for the learner) is left out, so its speed here is the most that one could hope for.
+All sequences advance together until all are done, as such loops do. What a training loop would have to do as well (look for the
+stop phrase, keep a record for the learner) is left out, so its speed here is the most that one could hope for.
 """
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def time_plain_loop(
 
 @torch.inference_mode()
 def generate(
-    model: torch.nn.Module,
+    model: Any,
     prompts: list[list[int]],
     prefill: list[int],
     tau: float,

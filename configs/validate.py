@@ -123,14 +123,14 @@ def _task(check: _Checker, key: str) -> None:
         return
     if not isinstance(value, dict):
         check.fail(key, "a name such as gsm8k, or {path: ..., question: ..., answer: ...}")
-    known = ("path", "question", "answer")
+    required, known = ("path", "question", "answer"), ("path", "question", "answer", "split", "config")
     for name, item in value.items():
         if name not in known:
             near = get_close_matches(str(name), known, n=1)
-            check.fail(key, f"only path, question and answer, found {name}" + (f"; did you mean {near[0]}?" if near else ""))
+            check.fail(key, f"only {', '.join(known)}, found {name}" + (f"; did you mean {near[0]}?" if near else ""))
         if not isinstance(item, str) or not item:
             check.fail(key, f"text for {name}")
-    if missing := [name for name in known if name not in value]:
+    if missing := [name for name in required if name not in value]:
         check.fail(key, f"a value for {' and '.join(missing)} too: path, and the columns that hold question and answer")
 
 

@@ -194,7 +194,6 @@ class _DenseLogprob(torch.autograd.Function):
         head_wide = head.to(wide)
         embedding_wide = head_wide if ctx.tied else embedding.to(wide)
         r = _mean_gradient(grad, noisy, mean, sigma)
-        average = (r * mean).sum(-1, keepdim=True)  # sum_v p_v g_v = r . mean: no pass over V
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_head, d_embedding = _weight_accumulators(ctx, head, embedding, wide)
         for start in range(0, len(hidden), ctx.chunk):
@@ -203,7 +202,10 @@ class _DenseLogprob(torch.autograd.Function):
             probs = (inputs @ head_wide.T).sub_(peak[part]).div_(temperature).exp_().div_(total[part])
             if d_embedding is not None:
                 d_embedding.addmm_(probs.T, r[part])
-            d_logits = (r[part] @ embedding_wide.T).sub_(average[part]).mul_(probs).div_(temperature)
+            d_probs = r[part] @ embedding_wide.T
+            # sum_v p_v g_v is r . mean too, but that sum rounds differently, and at tau 1e-4 the difference is all there is.
+            average = (d_probs * probs).sum(-1, keepdim=True)
+            d_logits = d_probs.sub_(average).mul_(probs).div_(temperature)
             if d_hidden is not None:
                 d_hidden[part] = (d_logits @ head_wide).to(hidden.dtype)
             if d_head is not None:

@@ -19,7 +19,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from configs.errors import InputError, RunError
 
@@ -37,19 +36,18 @@ def save(folder: Path, step: int, model: nn.Module, optimiser: torch.optim.Optim
     """Writes `folder`, replacing it if it exists. Collective: every rank calls it with the same arguments.
 
     `model` is the sharded Hugging Face model, so that tensors bear its names; `controller` must be JSON. Raises RunError on
-    every rank if any could not write (a full disk, say): nothing half-written is left, and what was in `folder` before still is.
+    every rank if any could not write (a full disk, say): nothing half-written is left, what was in `folder` before still is.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     controller_json = json.dumps(dict(controller))
     try:
         _on_first_rank(lambda: _fresh(partial))
-        model_state, optimiser_state = get_state_dict(model, optimiser)
-        dcp.save({MODEL: model_state, "optimiser": optimiser_state, "step": step}, checkpoint_id=partial)
+        dcp.save(_state(model, optimiser, step), checkpoint_id=partial)
         _on_first_rank(lambda: _publish(partial, folder, controller_json))
     except (CheckpointException, OSError, RuntimeError) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"{folder}: could not write the checkpoint ({_cause(error)}); free some space and --resume") from error
+        raise RunError(f"{folder}: could not write the checkpoint ({cause(error)}); free some space and --resume") from error
 
 
 def load(checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
@@ -58,13 +56,11 @@ def load(checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -
     Raises InputError for a folder that is not a whole checkpoint of this model.
     """
     _require_whole(checkpoint)
-    model_state, optimiser_state = get_state_dict(model, optimiser)
-    state: dict[str, Any] = {MODEL: model_state, "optimiser": optimiser_state, "step": 0}
+    state = _state(model, optimiser, 0)
     try:
-        dcp.load(state, checkpoint_id=checkpoint)
+        dcp.load(state, checkpoint_id=checkpoint)  # into the very tensors of model and optimiser
     except (CheckpointException, OSError, RuntimeError) as error:
-        raise InputError(f"{checkpoint}: not a checkpoint of this model ({_cause(error)})") from error
-    set_state_dict(model, optimiser, model_state_dict=state[MODEL], optim_state_dict=state["optimiser"])
+        raise InputError(f"{checkpoint}: not a checkpoint of this model ({cause(error)})") from error
     return int(state["step"]), json.loads((checkpoint / CONTROLLER).read_text())
 
 
@@ -82,6 +78,16 @@ def prune(run_dir: Path, keep: int) -> list[Path]:
     for leftover in (run_dir / FOLDER).glob(".step_*"):
         shutil.rmtree(leftover)
     return doomed
+
+
+def _state(model: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> dict[str, Any]:
+    """What a checkpoint holds, by parameter name, tied parameters once. Hyper-parameters are not in it: the config has them."""
+    parameters = dict(model.named_parameters())
+    return {
+        MODEL: {name: parameter.detach() for name, parameter in parameters.items()},
+        "optimiser": {name: optimiser.state[parameter] for name, parameter in parameters.items()},
+        "step": step,
+    }
 
 
 def _whole(run_dir: Path) -> list[Path]:
@@ -126,9 +132,9 @@ def _on_first_rank(act: Callable[[], None]) -> None:
         raise OSError(failure[0])
 
 
-def _cause(error: BaseException) -> str:
-    """One line: the first failing rank's own message."""
+def cause(error: BaseException) -> str:
+    """One line of an error: of a CheckpointException, the first failing rank's own."""
     if isinstance(error, CheckpointException):
         rank, (inner, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {str(inner).strip().splitlines()[0]}"
+        return f"rank {rank}: {cause(inner)}"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

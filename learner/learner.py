@@ -147,6 +147,8 @@ class Learner:
                 raise RunError(
                     f"{name}: the reward is {sample.reward}, expected a finite number; the answer is {sample.answer_text!r}"
                 )
+            if not np.isfinite(sample.trajectory.support_probs).all():  # one NaN row would spread over its micro-batch
+                raise RunError(f"{name}: the recorded probabilities are not finite; no weight was changed")
             ids = np.concatenate([sample.trajectory.input_ids(), sample.trajectory.support_ids])
             if len(ids) and not 0 <= ids.min() <= ids.max() < self.policy.head.shape[0]:
                 raise InputError(
@@ -183,7 +185,7 @@ class Learner:
 
 
 def find_fault(batch: PackedBatch, terms: Terms, step: int) -> str | None:
-    """One line naming the first sample of the micro-batch whose log-probability is not finite, or None."""
+    """One line naming the first sample of the micro-batch whose loss is not finite, or None."""
     if bool(torch.isfinite(terms.loss)):
         return None
     for what, steps, logprob in (
@@ -196,5 +198,6 @@ def find_fault(batch: PackedBatch, terms: Terms, step: int) -> str | None:
             first = int(bad[0])
             sample = int(steps.sample[first])
             name = f"step {step}, prompt {batch.prompt_index[sample]}, sample {batch.sample_index[sample]}"
-            return f"{name}: the log-probability of a {what} step is {float(logprob[first])}; no weight was changed"
+            value, weight = float(logprob[first]), float(steps.weight[first])
+            return f"{name}: a {what} step has log-probability {value} and weight {weight}; no weight of the model was changed"
     return f"step {step}, prompt {batch.prompt_index[0]}: the loss is {float(terms.loss)}"

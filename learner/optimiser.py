@@ -12,7 +12,12 @@ from configs.schema import Config, Schedule
 def build_optimiser(policy: nn.Module, config: Config) -> torch.optim.AdamW:
     """Fused AdamW over the policy's parameters, each once even when tied. The learning rate is set anew before every step."""
     learner = config.learner
-    return torch.optim.AdamW(policy.parameters(), lr=learner.lr, weight_decay=learner.weight_decay, fused=True)
+    optimiser = torch.optim.AdamW(policy.parameters(), lr=learner.lr, weight_decay=learner.weight_decay, fused=True)
+    # As AdamW would in its first step; made now, they are there to be read into when a run resumes.
+    for parameter in policy.parameters():
+        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimiser.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
+    return optimiser
 
 
 def lr_at(step: int, config: Config) -> float:

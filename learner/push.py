@@ -20,6 +20,7 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, TrainerWeightTransferEngine, WeightSource
@@ -69,6 +70,10 @@ class EngineClient:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._all("finish_weight_update", [(weight_version or self.version,)] * len(self.engines))
         self.resumed_at = time.perf_counter()
+
+    def abandon_weight_update(self) -> None:
+        """After an update that was refused: engines go on with the weights they have."""
+        self._all("abandon_weight_update", [()] * len(self.engines))
 
     def token_logprobs(self, sequences: list[NDArray[np.int32]]) -> list[list[NDArray[np.float32]]]:
         """Per engine, the log-probs of each sequence."""
@@ -125,17 +130,18 @@ class SharedMemoryTrainer(TrainerWeightTransferEngine[SharedMemoryTrainerInfo]):
             return
         try:
             save_file(tensors, self.path)
-            update = SharedMemoryUpdateInfo(str(self.path), [tensor_checksum(t) for t in tensors.values()])
+        except (OSError, SafetensorError) as error:
+            self.path.unlink(missing_ok=True)
+            raise RunError(f"push: cannot write {self.path} ({error}); free {SHARED_MEMORY} or make it larger") from error
+        try:
+            update = SharedMemoryUpdateInfo(str(self.path), {name: tensor_checksum(t) for name, t in tensors.items()})
             self.client.start_weight_update()
             try:
                 self.client.update_weights(asdict(update))
             except RunError:
-                self.client.version = None
-                self.client.finish_weight_update()
+                self.client.abandon_weight_update()
                 raise
             self.client.finish_weight_update()
-        except OSError as error:
-            raise RunError(f"push: cannot write {self.path} ({error.strerror}); free {SHARED_MEMORY} or make it larger") from error
         finally:
             self.path.unlink(missing_ok=True)
 

@@ -92,5 +92,6 @@ class LearnerRank:
     def save(self, folder: str, extra: dict[str, Any]) -> None:
         self.learner.save(Path(folder), extra)
 
-    def load(self, folder: str) -> None:
-        self.learner.load(Path(folder))
+    def load(self, folder: str) -> dict[str, Any]:
+        """Go on from a checkpoint; returns what the controller stored in it."""
+        return self.learner.load(Path(folder))

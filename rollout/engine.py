@@ -60,7 +60,7 @@ class RolloutEngine:
             eos_ids=eos,
             stop_id=self._stop_id,
             max_num_seqs=self.config.engine.max_num_seqs,
-            max_cot_tokens=self._most_tokens() - 2,
+            max_cot_tokens=self.config.engine.max_model_len,
             max_answer_tokens=self.config.policy.max_answer_tokens,
         )
         reports = await self._llm.collective_rpc("softrl_attach", args=(spec.to_json(),))
@@ -72,8 +72,22 @@ class RolloutEngine:
     # ------------------------------------------------------------------ rollouts
 
     async def generate(self, requests: list[SampleRequest]) -> AsyncIterator[Trajectory]:
-        """Trajectories of the requests, each yielded as soon as it finishes; aborts the rest if the caller goes away."""
-        tasks = [asyncio.create_task(self._one(request)) for request in requests]
+        """Trajectories of the requests, each yielded as soon as it finishes; aborts the rest if the caller goes away.
+
+        An idle engine is held until all requests are queued and starts with empty caches, so what it computes is a function of
+        the requests alone and not of the moment at which each arrived. Raises InputError for a prompt that does not fit.
+        """
+        for request in requests:
+            self._require_fits(request)
+        idle = self._in_flight == 0
+        if idle:
+            await self._llm.pause_generation(mode="keep", clear_cache=True)
+        try:
+            submitted = [(request, *await self._submit(request)) for request in requests]
+        finally:
+            if idle:
+                await self._llm.resume_generation()
+        tasks = [asyncio.create_task(self._finish(*one)) for one in submitted]
         try:
             for finished in asyncio.as_completed(tasks):
                 yield await finished
@@ -81,20 +95,15 @@ class RolloutEngine:
             for task in tasks:
                 task.cancel()
 
-    async def _one(self, request: SampleRequest) -> Trajectory:
+    async def _submit(self, request: SampleRequest) -> tuple[str, Any, int]:
+        """Queue one request; returns its record id, vLLM's collector of its outputs, and the weight version that begins it."""
         from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
         record_id = str(next(self._record_ids))
-        label = f"{self.name}: prompt {request.prompt_index}, sample {request.sample_index}"
-        longest = request.max_cot_tokens + max(map(len, self._prefills)) + request.max_answer_tokens
-        if len(request.prompt_ids) + longest > self._most_tokens():
-            raise InputError(
-                f"{label}: {len(request.prompt_ids)} prompt tokens + {longest} to generate do not fit engine.max_model_len = "
-                f"{self._most_tokens()}; raise it or shorten the prompt"
-            )
         params = SamplingParams(
-            max_tokens=longest,
+            max_tokens=self._most_generated(request),
             temperature=0.0,
             ignore_eos=True,
             stop_token_ids=[self._stop_id],
@@ -102,18 +111,28 @@ class RolloutEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args=request_options(request, record_id),
         )
-        first_version = self.weight_version
+        prompt = TokensPrompt(prompt_token_ids=request.prompt_ids.tolist())
         self._in_flight += 1
+        return record_id, await self._llm.add_request(f"softrl-{record_id}", prompt, params), self.weight_version
+
+    async def _finish(self, request: SampleRequest, record_id: str, collector: Any, first_version: int) -> Trajectory:
+        """Wait for vLLM to finish a request and fetch its record."""
+        label = f"{self.name}: prompt {request.prompt_index}, sample {request.sample_index}"
+        finished = False
         try:
             async with asyncio.timeout(self.config.engine.request_timeout_s):
-                finish_reason = await self._run(request.prompt_ids, params, f"softrl-{record_id}")
-                if finish_reason != "stop":
-                    raise RunError(f"{label}: vLLM ended it with {finish_reason!r}, expected 'stop'")
+                output = await collector.get()
+                finished = True
+                if output.outputs[0].finish_reason != "stop":
+                    raise RunError(f"{label}: vLLM ended it with {output.outputs[0].finish_reason!r}, expected 'stop'")
                 record = await self._take(record_id)
         except TimeoutError:
             raise RunError(f"{label}: not finished within engine.request_timeout_s = {self.config.engine.request_timeout_s}") from None
         finally:
             self._in_flight -= 1
+            if not finished:
+                await self._llm.abort(collector.request_id, internal=True)
+            collector.close()
         if record.stop_code == BAD_LOGITS:
             raise RunError(
                 f"{label}: the model's logits are not finite at CoT step {len(record.shadow_ids)}, answer token "
@@ -121,13 +140,16 @@ class RolloutEngine:
             )
         return self._trajectory(request, record, first_version)
 
-    async def _run(self, prompt_ids: NDArray[np.int32], params: Any, request_id: str) -> str | None:
-        from vllm.inputs import TokensPrompt
+    def _most_generated(self, request: SampleRequest) -> int:
+        return request.max_cot_tokens + max(map(len, self._prefills)) + request.max_answer_tokens
 
-        finish_reason = None
-        async for output in self._llm.generate(TokensPrompt(prompt_token_ids=prompt_ids.tolist()), params, request_id):
-            finish_reason = output.outputs[0].finish_reason
-        return finish_reason
+    def _require_fits(self, request: SampleRequest) -> None:
+        needed, room = len(request.prompt_ids) + self._most_generated(request), self.config.engine.max_model_len
+        if needed > room:
+            raise InputError(
+                f"{self.name}: prompt {request.prompt_index} has {len(request.prompt_ids)} tokens and needs {needed} with CoT and "
+                f"answer, engine.max_model_len is {room}; raise it, or shorten the prompt"
+            )
 
     async def _take(self, record_id: str) -> SlotRecord:
         future: asyncio.Future[SlotRecord] = asyncio.get_running_loop().create_future()
@@ -196,11 +218,15 @@ class RolloutEngine:
         await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
 
     async def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Close the update; the version rises only now, and only if one is given (a refused push gives none)."""
+        """Close the update and resume; the version rises only now."""
         await self._llm.finish_weight_update(weight_version)
         await self._llm.collective_rpc("softrl_refresh")
         if weight_version is not None:
             self.weight_version = int(weight_version)
+        await self._llm.resume_generation()
+
+    async def abandon_weight_update(self) -> None:
+        """Resume with the old weights after an update that was refused."""
         await self._llm.resume_generation()
 
     async def token_logprobs(self, sequences: list[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
@@ -230,9 +256,6 @@ class RolloutEngine:
     async def stop(self) -> None:
         self._collector.cancel()
         self._llm.shutdown()
-
-    def _most_tokens(self) -> int:
-        return self.config.engine.max_model_len
 
     def _engine_args(self) -> Any:
         import torch
@@ -267,7 +290,7 @@ def engine_environment(cores: list[int] | None) -> dict[str, str]:
 
     vLLM on a CPU reserves a core for its front end unless told which cores to bind, which halves the compute of a small machine.
     """
-    common = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    common = {"VLLM_NO_USAGE_STATS": "1"}
     if cores is None:
         # Soft decoding hooks the V1 model runner; vLLM's default on GPUs is V2.
         return common | {"VLLM_USE_V2_MODEL_RUNNER": "0"}

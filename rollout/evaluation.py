@@ -19,8 +19,8 @@ class Accuracy:
     boxed: int  # samples with a closed box, right or wrong
 
     @property
-    def percent(self) -> float:
-        return 100.0 * self.correct / self.samples
+    def share(self) -> float:
+        return self.correct / self.samples
 
 
 def evaluation_requests(

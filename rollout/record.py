@@ -77,4 +77,4 @@ class SlotRecord:
 
 def tensor_bytes(rows: Tensor) -> NDArray[np.uint8]:
     """A [C, n0] tensor of any dtype as its raw bytes [C, n0 * itemsize]."""
-    return rows.contiguous().view(torch.uint8).reshape(rows.shape[0], -1).cpu().numpy().copy()
+    return rows.contiguous().view(torch.uint8).cpu().numpy().copy()

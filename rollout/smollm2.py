@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -52,11 +53,15 @@ def gguf_path() -> Path:
 
 
 def convert(gguf_file: Path, folder: Path) -> None:
-    """Write `gguf_file` into `folder` (existing, empty) as a bfloat16 Llama checkpoint with its tokenizer. Takes 15 to 20 s."""
+    """Write `gguf_file` into `folder` (existing, empty) as a bfloat16 Llama checkpoint with its tokenizer: 7 to 20 s on a core.
+    OSError when the disk is full."""
     reader = GGUFReader(gguf_file)
     meta = {name: field.contents() for name, field in reader.fields.items()}
     weights = _weights(reader, meta["llama.attention.head_count"], meta["llama.attention.head_count_kv"])
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # safetensors' own name for a full disk
+        raise OSError(str(error)) from error
     _write_json(folder / "config.json", _config(meta, tied="lm_head.weight" not in weights))
     _write_json(folder / "generation_config.json", _special_ids(meta))
     write_tokenizer(meta, folder)

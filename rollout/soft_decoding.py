@@ -116,7 +116,7 @@ class SoftDecoder:
             getattr(self, name)[slot] = value
         self.arena.ends[slot] = 0
         self.arena.dropped[slot] = 0
-        if request.record_full:
+        if request.record_full and request.mode is not Mode.hard:
             self._full[slot] = torch.zeros(request.max_cot_tokens, self.next_input.shape[1], dtype=self.dtype)
         return slot
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import safetensors
+import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from rollout.checksums import tensor_checksum
 
@@ -26,7 +28,7 @@ class SharedMemoryInitInfo(WeightTransferInitInfo):
 @dataclass
 class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
     path: str  # safetensors file in memory-backed storage
-    checksums: list[str]  # of each tensor, in the manifest's order
+    checksums: dict[str, str]  # of each tensor, by name
 
 
 class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
@@ -45,30 +47,46 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
-        """Check the whole file, then load it. Raises ValueError naming the tensor, before any weight is touched."""
+        """Check the whole file, then load it. Raises ValueError naming the tensor, with the old weights back in place."""
         assert self.manifest is not None, "init_transfer_engine comes first"
         with safetensors.safe_open(update_info.path, framework="pt") as file:
-            check_file(file, self.manifest, update_info.checksums)
+            try:
+                check_file(file, self.manifest, update_info.checksums)
+            except ValueError:
+                self.finish_weight_update()  # nothing was loaded: puts every layer's own weights back
+                raise
             self.model.load_weights((name, file.get_tensor(name).to(self.device)) for name in self.manifest.names)
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
+        repack_heads(self.model)
 
     def shutdown(self) -> None:
         self.manifest = None
 
 
-def check_file(file: Any, manifest: SharedMemoryInitInfo, checksums: list[str]) -> None:
+def repack_heads(model: torch.nn.Module) -> None:
+    """Make every LM head's packed copy of its weights anew.
+
+    A tied head receives no tensor of its own, so vLLM's reload leaves it alone; but on a CPU it multiplies with a packed copy of
+    the shared matrix (vllm/model_executor/layers/utils.py:dispatch_cpu_unquantized_gemm), which would stay the old one.
+    """
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+def check_file(file: Any, manifest: SharedMemoryInitInfo, checksums: dict[str, str]) -> None:
     """Raises ValueError when the file's tensors are not exactly the manifest's, or not the bytes that the learner sent."""
     sent, expected = set(file.keys()), set(manifest.names)
     if sent != expected:
         missing, extra = sorted(expected - sent)[:3], sorted(sent - expected)[:3]
         raise ValueError(f"weight push refused: missing tensors {missing}, unexpected tensors {extra}")
-    for name, dtype, shape, checksum in zip(manifest.names, manifest.dtype_names, manifest.shapes, checksums, strict=True):
+    for name, dtype, shape in zip(manifest.names, manifest.dtype_names, manifest.shapes, strict=True):
         tensor = file.get_tensor(name)
         if list(tensor.shape) != list(shape) or str(tensor.dtype) != f"torch.{dtype}":
             raise ValueError(f"weight push refused: {name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}")
-        if tensor_checksum(tensor) != checksum:
+        if tensor_checksum(tensor) != checksums[name]:
             raise ValueError(f"weight push refused: the bytes of {name} are not those the learner sent")

@@ -1,4 +1,4 @@
-"""One gloo rank for the whole folder, and tiny models on disk."""
+"""One gloo rank for each test file, and tiny models on disk."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +10,9 @@ import torch.distributed as dist
 from tests.learner.tiny import save_tiny_model
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_rank() -> Iterator[None]:
+    """Taken down again, because an engine that later tests start in this process wants a process group of its own."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from configs.errors import InputError, RunError
-from configs.schema import Dtype, Mode
+from configs.schema import Config, Dtype, Mode
 from learner import export as export_module
 from learner.checkpoint import latest, prune, step_folder
 from learner.export import export
@@ -77,6 +78,20 @@ def test_saving_does_not_disturb_training(tied_dir: Path, tmp_path: Path) -> Non
     assert train(plain, groups[1]) == train(saving, groups[1])
 
 
+def base_model(source: Path, folder: Path) -> Path:
+    """A copy of a model folder with tokenizer files, as real ones have."""
+    shutil.copytree(source, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "merges.txt").write_text("a b")
+    return folder
+
+
+def config_of(model_dir: Path, dtype: Dtype) -> Config:
+    config = tiny_config(dtype)
+    config.model.path = str(model_dir)
+    return config
+
+
 @contextmanager
 def files_limited_to(size: int) -> Iterator[None]:
     """Writes beyond `size` bytes of a file fail in the kernel, as they do on a full disk."""
@@ -135,7 +150,8 @@ def test_the_export_has_the_learner_s_logits(
     folder = tied_dir if tied else untied_dir
     learner = trained(folder, tmp_path)
     monkeypatch.setattr(export_module, "SHARD_BYTES", shard_bytes)
-    export(step_folder(tmp_path, 1), tmp_path / "out", folder, Dtype.float32)
+    base = base_model(folder, tmp_path / "base")
+    export(step_folder(tmp_path, 1), tmp_path / "out", config_of(base, Dtype.float32))
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"] and model.dtype == torch.float32
     tokens = torch.arange(20)
@@ -149,18 +165,10 @@ def test_the_export_has_the_learner_s_logits(
 
 def test_the_export_keeps_the_model_s_other_files_and_its_dtype(tied_dir: Path, tmp_path: Path) -> None:
     learner = trained(tied_dir, tmp_path)
-    base = tmp_path / "base"
-    base.mkdir()
-    for name, text in {
-        "config.json": (tied_dir / "config.json").read_text(),
-        "tokenizer.json": "{}",
-        "merges.txt": "a b",
-    }.items():
-        (base / name).write_text(text)
-    (base / "model.safetensors").write_bytes(b"old weights")
-    export(step_folder(tmp_path, 1), tmp_path / "out", base, Dtype.bfloat16)
+    base = base_model(tied_dir, tmp_path / "base")
+    export(step_folder(tmp_path, 1), tmp_path / "out", config_of(base, Dtype.bfloat16))
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["config.json", "merges.txt", "model.safetensors", "tokenizer.json"]
+    assert names == ["config.json", "generation_config.json", "merges.txt", "model.safetensors", "tokenizer.json"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(stored[name], tensor) for name, tensor in learner.full_tensors(torch.bfloat16))
@@ -168,15 +176,17 @@ def test_the_export_keeps_the_model_s_other_files_and_its_dtype(tied_dir: Path, 
 
 def test_export_refuses_to_overwrite_and_cleans_up(tied_dir: Path, tmp_path: Path) -> None:
     trained(tied_dir, tmp_path)
+    config = config_of(base_model(tied_dir, tmp_path / "base"), Dtype.float32)
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "thesis.tex").write_text("x")
     with pytest.raises(InputError, match="not empty"):
-        export(step_folder(tmp_path, 1), taken, tied_dir, Dtype.float32)
+        export(step_folder(tmp_path, 1), taken, config)
     with pytest.raises(InputError, match="not a checkpoint"):
-        export(tmp_path, tmp_path / "out", tied_dir, Dtype.float32)
-    with pytest.raises(InputError, match=r"config\.json"):
-        export(step_folder(tmp_path, 1), tmp_path / "out", tmp_path, Dtype.float32)
+        export(tmp_path, tmp_path / "out", config)
     with files_limited_to(20_000), pytest.raises(RunError, match="could not write"):
-        export(step_folder(tmp_path, 1), tmp_path / "out", tied_dir, Dtype.float32)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "taken"]
+        export(step_folder(tmp_path, 1), tmp_path / "out", config)
+    (step_folder(tmp_path, 1) / "__0_0.distcp").write_bytes(b"lost")
+    with pytest.raises(InputError, match="cannot be read"):
+        export(step_folder(tmp_path, 1), tmp_path / "out", config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "checkpoints", "taken"]

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from configs.errors import InputError
 from configs.schema import Config, Dtype, Mode, Support
@@ -160,7 +168,7 @@ def test_tied_weights_stay_one_parameter(tied_dir: Path, untied_dir: Path) -> No
 
 
 def test_rms_is_over_all_entries_of_the_embedding(tied_dir: Path) -> None:
-    table = load_model(tied_dir).get_input_embeddings().weight
+    table = load_model(tied_dir).get_input_embeddings().weight.detach()
     assert build(tied_dir).rms_embedding == pytest.approx(float(table.double().square().mean().sqrt()), rel=1e-12)
 
 
@@ -185,6 +193,18 @@ def test_models_whose_policy_we_cannot_state_are_refused(tmp_path: Path) -> None
     capped.config.final_logit_softcapping = 30.0
     capped.save_pretrained(tmp_path / "capped")
     refused(tmp_path / "capped", "final_logit_softcapping")
+
+
+def test_qwen2_is_a_model_like_any_other(tmp_path: Path) -> None:
+    small = llama().to_dict()
+    small.pop("model_type")
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**small)).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(8)
+    expected = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    with torch.no_grad():
+        torch.testing.assert_close(build(tmp_path).next_token_logprobs(ids), expected, rtol=0, atol=1e-5)
 
 
 def test_dropout_of_the_checkpoint_is_switched_off(tmp_path: Path) -> None:

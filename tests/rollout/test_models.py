@@ -1,6 +1,7 @@
 """The embedded default is a real model; a checkpoint that cannot be trained is refused before anything is loaded."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.errors import InputError, RunError
-from rollout import models
 from rollout.models import SMOLLM2, build_once, cache_folder, check_model, load_tokenizer, resolve_model
 from tests.tiny_model import make_tiny_llama
 
@@ -49,6 +49,34 @@ def test_the_embedded_model_is_the_one_it_claims_to_be(smollm2: Any) -> None:
     assert smollm2.get_input_embeddings().weight is smollm2.get_output_embeddings().weight
     assert smollm2.config.rope_parameters["rope_theta"] == 100_000
     assert json.loads((resolve_model(SMOLLM2) / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.slow  # converts 135M weights
+def test_a_conversion_gives_the_same_bytes_again(tmp_path: Path) -> None:
+    from rollout.smollm2 import convert, gguf_path
+
+    convert(gguf_path(), tmp_path)
+    cached = resolve_model(SMOLLM2)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in cached.iterdir()}
+    assert all((cached / path.name).read_bytes() == path.read_bytes() for path in tmp_path.iterdir())
+
+
+@pytest.mark.slow  # reads and converts 135M weights before the disk is full
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path: Path) -> None:
+    script = (
+        "import resource, signal\n"
+        "from rollout.models import resolve_model\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"  # no file above 1 MiB: to its writer, a full disk
+        "try:\n"
+        "    resolve_model('smollm2-135m')\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__, error)\n"
+    )
+    environment = os.environ | {"SOFTRL_CACHE": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment)
+    assert run.stdout.startswith("RunError") and "make room or set SOFTRL_CACHE" in run.stdout and run.stdout.count("\n") == 1
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 def test_the_tokenizer_splits_digits_and_loses_nothing() -> None:
@@ -128,6 +156,14 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert [path for path in target.parent.iterdir() if path.is_dir()] == []
 
 
+def test_what_a_killed_builder_left_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / ".model.partial").mkdir()
+    (tmp_path / ".model.partial" / "half").write_text("1")
+    target = build_once(tmp_path / "model", lambda folder: (folder / "whole").write_text("1") and None)
+    assert [path.name for path in target.iterdir()] == ["whole"]
+    assert not (tmp_path / ".model.partial").exists()
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -185,8 +221,9 @@ def test_an_embedding_with_a_tied_or_untied_head_is_accepted(
         (LLAMA, TENSORS[:2], "no LM head"),  # Llama's class default is untied: transformers would invent a head
         (LLAMA | {"tie_word_embeddings": False}, TENSORS[:2], "no LM head"),
         (LLAMA, TENSORS[1:], "no token embedding"),
-        ({"model_type": "bert"}, ("embeddings.word_embeddings.weight",), "no LM head"),
-        ({"model_type": "no-such-type"}, TENSORS[:2], "config.json is not understood"),
+        ({"architectures": ["BertModel"], "model_type": "bert"}, TENSORS[:2], "not a causal language model: .* BertModel"),
+        ({"model_type": "llama"}, TENSORS, "not a causal language model: .* nothing"),
+        (LLAMA | {"model_type": "no-such-type"}, TENSORS[:2], "config.json is not understood"),
     ],
 )
 def test_a_model_without_embedding_or_head_is_refused(

@@ -1,0 +1,298 @@
+"""`softrl bench rollout`: what soft tokens cost, and what the engine gains over a plain PyTorch loop.
+
+    one vLLM engine     soft, hard, soft, hard, ...   the same prompts, the same number of decoded positions, all at once
+    then, on the same   plain loop, plain loop, ...   (cluster/plain_loop.py) in a process of its own, the engine gone
+    cores or GPU
+
+A speed is decoded positions (CoT, forced prefill, answer) per second, from the first request to the last trajectory. Soft over
+hard is the median of the rounds' ratios: the two stand side by side in time, so a machine that slows down slows down both.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import ray
+import ray.exceptions
+from rich.console import Console
+
+from cluster.live import make_table
+from cluster.placement import ray_session
+from cluster.plain_loop import PlainLoopSpeed, time_plain_loop
+from configs.errors import RunError
+from configs.schema import TAU_OF_MODE, Config, Mode
+from rollout.arithmetic import generate
+from rollout.engine import RolloutEngine, engine_environment
+from rollout.files import replace_file
+from rollout.models import load_tokenizer, resolve_model
+from rollout.prompt import PREFILL_AT_LIMIT
+from rollout.trajectory import SampleRequest, Trajectory
+
+COT_TOKENS = 64
+ANSWER_TOKENS = 1  # more would end at the closing brace, earlier in one mode than in the other
+WARM_UP_TOKENS = 4
+PROFILE_LINES = 30
+PLAIN_LOOP_TIMEOUT_S = 3600.0
+
+
+def bench_rollout(config: Config, *, sequences: int = 64, rounds: int = 3, profile: bool = False) -> dict[str, Any]:
+    """Measure with the model, engine and policy (tau, gamma) of a recipe; `sequences` requests are decoded at once.
+
+    `profile` adds vLLM's torch profile of one soft and one hard batch, taken after the measurement. Raises RunError when the
+    engine or the loop fails.
+    """
+    config = _bench_config(config, sequences)
+    model_dir = str(resolve_model(config.model.path))
+    tokenizer = load_tokenizer(config.model.path)
+    # Bare questions: they do not lead to the stop phrase, so every CoT has the full length, and they are shorter than a block
+    # of the prefix cache, so no round finds its prompts computed already.
+    problems = generate("train", {})
+    prompts = [tokenizer.encode(problems[i % len(problems)][0]) for i in range(sequences)]
+    with ray_session(config):
+        with _engine(config, model_dir, profile) as (engine, report):
+            sigma = config.policy.gamma * float(report["rms_embedding"])
+            speeds, lengths = _alternate(engine, config, prompts, sigma, rounds)
+            profiles = _profiles(engine, config, prompts, sigma) if profile else {}
+        prefill = tokenizer.encode(PREFILL_AT_LIMIT, add_special_tokens=False)
+        plain = _plain_loop(config, model_dir, prompts, prefill, sigma, rounds)
+    soft, hard = speeds[_soft_mode(config)], speeds[Mode.hard]
+    return {
+        "soft_over_hard": median(s / h for s, h in zip(soft, hard, strict=True)),
+        "soft_over_plain_loop": median(soft) / median(plain.tokens_per_s),
+        "soft_tokens_per_s": median(soft),
+        "hard_tokens_per_s": median(hard),
+        "plain_loop_tokens_per_s": median(plain.tokens_per_s),
+        "rounds": {"soft": soft, "hard": hard, "plain_loop": plain.tokens_per_s},
+        "positions": lengths | {"plain_loop": plain.positions},  # decoded in a round
+        "device": _device(plain),
+        "model": config.model.path,
+        "dtype": str(config.engine.dtype),
+        "versions": _versions(report),
+        "sequences": sequences,
+        "lengths": {"prompt": max(map(len, prompts)), "cot": COT_TOKENS, "prefill": len(prefill), "answer": ANSWER_TOKENS},
+        "policy": {"mode": str(_soft_mode(config)), "tau": _tau(config, _soft_mode(config)), "sigma": sigma},
+        **({"profile": profiles} if profile else {}),
+    }
+
+
+def print_bench(figures: dict[str, Any], console: Console | None = None) -> None:
+    """The figures as a table."""
+    console = console or Console()
+    hard = figures["hard_tokens_per_s"]
+    rows = [
+        [label, f"{figures[key]:,.0f}", f"{figures[key] / hard:.2f}", "  ".join(f"{x:,.0f}" for x in figures["rounds"][name])]
+        for label, key, name in (
+            ("vLLM, soft tokens", "soft_tokens_per_s", "soft"),
+            ("vLLM, hard tokens", "hard_tokens_per_s", "hard"),
+            ("plain PyTorch loop, soft tokens", "plain_loop_tokens_per_s", "plain_loop"),
+        )
+    ]
+    lengths = figures["lengths"]
+    batch = f"{figures['sequences']} sequences of {lengths['prompt']} prompt and {lengths['cot']} CoT tokens"
+    console.print(f"{figures['model']} ({figures['dtype']}), {batch}, on {figures['device']}", highlight=False, soft_wrap=True)
+    console.print(make_table("", ["", "tokens/s", "of hard", "rounds"], rows))
+    console.print(
+        f"soft over hard {figures['soft_over_hard']:.3f} (median of the rounds' ratios), "
+        f"soft over plain loop {figures['soft_over_plain_loop']:.2f}",
+        highlight=False,
+    )
+    for name, table in figures.get("profile", {}).items():
+        console.print(f"\n{name}\n{table}", highlight=False, markup=False, soft_wrap=True)
+
+
+def write_bench(path: Path, figures: dict[str, Any]) -> None:
+    """The figures as JSON. Raises RunError when the file cannot be written."""
+    replace_file(path, lambda partial: partial.write_text(json.dumps(figures, indent=1) + "\n"))
+
+
+# The engine
+
+
+class ProfiledEngine(RolloutEngine):
+    """A RolloutEngine whose workers can be profiled."""
+
+    def _engine_args(self) -> Any:
+        from vllm.config import ProfilerConfig
+
+        self._traces = tempfile.TemporaryDirectory(prefix="softrl-profile-")
+        arguments = super()._engine_args()
+        arguments.profiler_config = ProfilerConfig(
+            profiler="torch", torch_profiler_dir=self._traces.name, torch_profiler_with_stack=False, ignore_frontend=True
+        )
+        return arguments
+
+    async def start_profile(self, name: str) -> None:
+        await self._llm.start_profile(name)
+
+    async def stop_profile(self, name: str) -> str:
+        """The first worker's table of operators, the most expensive first."""
+        await self._llm.stop_profile()
+        table = min(Path(self._traces.name).glob(f"{name}_*.profiler_out.txt")).read_text()
+        return "\n".join(table.splitlines()[:PROFILE_LINES])
+
+
+@contextmanager
+def _engine(config: Config, model_dir: str, profile: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A started engine actor and its report; gone, with all of its processes, at the end."""
+    gpus = config.engine.tensor_parallel if ray.cluster_resources().get("GPU", 0) > 0 else 0
+    options = {
+        "num_cpus": 1,
+        "num_gpus": gpus,
+        "runtime_env": {"env_vars": engine_environment(None if gpus else _cores(config))},
+    }
+    kind = ProfiledEngine if profile else RolloutEngine
+    engine = ray.remote(kind).options(**options).remote(config, model_dir, "bench")
+    try:
+        yield engine, ray.get(engine.start.remote(), timeout=config.engine.start_timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        raise RunError(
+            f"bench: the engine did not start within engine.start_timeout_s = {config.engine.start_timeout_s}"
+        ) from None
+    finally:
+        _stop(engine)
+
+
+def _stop(engine: Any) -> None:
+    with suppress(ray.exceptions.RayError, AttributeError):  # it may never have started, or be dead
+        ray.get(engine.stop.remote(), timeout=30)
+    ray.kill(engine)
+
+
+def _alternate(
+    engine: Any, config: Config, prompts: list[list[int]], sigma: float, rounds: int
+) -> tuple[dict[Mode, list[float]], dict[str, int]]:
+    """Tokens per second of each round and mode, and the positions a round decodes."""
+    modes = (_soft_mode(config), Mode.hard)
+    for mode in modes:
+        _batch(engine, _requests(config, mode, prompts, sigma, WARM_UP_TOKENS, seed=0))
+    speeds: dict[Mode, list[float]] = {mode: [] for mode in modes}
+    lengths: dict[str, int] = {}
+    for round_ in range(rounds):
+        for mode in modes:
+            begun = time.perf_counter()
+            trajectories = _batch(engine, _requests(config, mode, prompts, sigma, COT_TOKENS, seed=1 + round_))
+            seconds = time.perf_counter() - begun
+            decoded = sum(trajectory.generated for trajectory in trajectories)
+            speeds[mode].append(decoded / seconds)
+            lengths["hard" if mode is Mode.hard else "soft"] = decoded
+    return speeds, lengths
+
+
+def _batch(engine: Any, requests: list[SampleRequest]) -> list[Trajectory]:
+    stream = engine.generate.options(num_returns="streaming").remote(requests)
+    return [ray.get(ref) for ref in stream]  # the engine itself holds each request to engine.request_timeout_s
+
+
+def _requests(
+    config: Config, mode: Mode, prompts: list[list[int]], sigma: float, cot_tokens: int, seed: int
+) -> list[SampleRequest]:
+    return [
+        SampleRequest(
+            prompt_ids=np.array(prompt, dtype=np.int32),
+            prompt_index=i,
+            sample_index=0,
+            mode=mode,
+            tau=_tau(config, mode),
+            sigma=0.0 if mode is Mode.hard else sigma,
+            seed=(seed << 20) + i,
+            max_cot_tokens=cot_tokens,
+            max_answer_tokens=ANSWER_TOKENS,
+            answer_temperature=1.0,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def _profiles(engine: Any, config: Config, prompts: list[list[int]], sigma: float) -> dict[str, str]:
+    """vLLM's table of operators, by time, for a soft and a hard batch."""
+    tables = {}
+    for mode in (_soft_mode(config), Mode.hard):
+        ray.get(engine.start_profile.remote(str(mode)))
+        _batch(engine, _requests(config, mode, prompts, sigma, COT_TOKENS, seed=0))
+        tables[str(mode)] = ray.get(engine.stop_profile.remote(str(mode)))
+    return tables
+
+
+# The plain loop
+
+
+def _plain_loop(
+    config: Config, model_dir: str, prompts: list[list[int]], prefill: list[int], sigma: float, rounds: int
+) -> PlainLoopSpeed:
+    """The baseline in a process of its own, with every core and GPU that the engine had."""
+    gpus = min(1, ray.cluster_resources().get("GPU", 0))
+    threads = len(_cores(config))
+    options = {"num_gpus": gpus, "max_retries": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}}
+    loop = ray.remote(time_plain_loop).options(**options)
+    mode = _soft_mode(config)
+    result = loop.remote(
+        model_dir,
+        prompts,
+        prefill,
+        tau=_tau(config, mode),
+        sigma=sigma,
+        cot_tokens=COT_TOKENS,
+        answer_tokens=ANSWER_TOKENS,
+        rounds=rounds,
+        threads=threads,
+        dtype=config.engine.dtype,
+    )
+    try:
+        return ray.get(result, timeout=PLAIN_LOOP_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        raise RunError(f"bench: the plain loop did not finish within {PLAIN_LOOP_TIMEOUT_S:g} s; lower --sequences") from None
+
+
+# What is measured, and where
+
+
+def _bench_config(config: Config, sequences: int) -> Config:
+    """The recipe with one engine that holds all sequences at once."""
+    engine = replace(
+        config.engine,
+        count=1,
+        max_num_seqs=max(sequences, config.engine.max_num_seqs),
+        max_model_len=max(4 * COT_TOKENS, config.engine.max_model_len),
+    )
+    return replace(config, engine=engine)
+
+
+def _soft_mode(config: Config) -> Mode:
+    return Mode.soft if config.policy.mode is Mode.hard else config.policy.mode
+
+
+def _tau(config: Config, mode: Mode) -> float:
+    own = config.policy.tau if config.policy.mode is mode else None
+    return TAU_OF_MODE[mode] if own is None else own
+
+
+def _cores(config: Config) -> list[int]:
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[: config.engine.threads or len(cores)]
+
+
+def _device(plain: PlainLoopSpeed) -> str:
+    if plain.device != "cpu":
+        return plain.device
+    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {plain.threads} threads"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _versions(report: dict[str, Any]) -> dict[str, str]:
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "ray")}
+    return {"vllm": report["vllm"], "runner": report["runner"], **packages}

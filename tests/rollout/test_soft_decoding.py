@@ -1,0 +1,443 @@
+"""The state machine is the slow reference, whatever else is in the batch; and what it recorded is what it fed, bit for bit."""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from itertools import product
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from configs.schema import Mode
+from kernels.noise import STREAM_ANSWER, STREAM_COT
+from rollout import soft_decoding
+from rollout.record import SlotRecord
+from rollout.soft_decoding import (
+    AFTER_PHRASE, ANSWER, AT_LIMIT, BAD_LOGITS, CLOSED, COT, DONE, EOS, LENGTH, PREFILL, RUNNING, SlotRequest, SoftDecoder,
+    sample_tokens,
+)  # fmt: skip
+from tests.rollout.slow_decoding import (
+    EMBEDDING_WIDTH, EOS_IDS, MOST_ANSWER, MOST_COT, PIECES, PREFILLS, VOCABULARY, WIDTH, Story, Told, Toy, decode_slowly, ids,
+)  # fmt: skip
+
+STOP_IDS = [EOS_IDS[0], *ids("{"), 0]  # an EOS as in real life; a token that is forced and answered; the id that disguises others
+LONGEST = MOST_COT + max(map(len, PREFILLS)) + MOST_ANSWER
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+def a_request(**fields: Any) -> SlotRequest:
+    usual: dict[str, Any] = {
+        "prompt_length": 5, "mode": Mode.soft, "tau": 0.5, "sigma": 0.33, "seed": 11, "max_cot_tokens": MOST_COT,
+        "max_answer_tokens": MOST_ANSWER, "answer_temperature": 1.0, "record_full": False,
+    }  # fmt: skip
+    return SlotRequest(**usual | fields)
+
+
+def a_story(toy: Toy, seed: int) -> Story:
+    """A random request of a model that is fond of the phrase, of braces, of EOS and of the stop ids."""
+    random = Random(seed)
+    mode, tau = random.choice([(Mode.hard, 0.0), (Mode.hard, 1.0), (Mode.soft, 0.5), (Mode.soft, 0.5), (Mode.fuzzy, 1e-4)])
+    request = a_request(
+        prompt_length=random.randrange(1, 40), mode=mode, tau=tau, seed=random.randrange(2**63),
+        sigma=0.0 if mode is Mode.hard else random.choice([0.0, 0.33]), max_cot_tokens=random.randrange(1, MOST_COT + 1),
+        max_answer_tokens=random.randrange(1, MOST_ANSWER + 1), answer_temperature=random.choice([0.0, 1.0]),
+        record_full=random.random() < 0.5,
+    )  # fmt: skip
+    thoughts = [ids("so: "), ids("so", ": "), ids("s", "o", ":", " "), ids("so:s", "o: "), ids("sso", ":", " "), EOS_IDS, STOP_IDS]
+    answers = [ids("}"), ids("{", "1", "}}"), ids("2", "{\\}", "}."), ids("y{", "}{"), EOS_IDS, STOP_IDS]
+    wanted: list[int] = []
+    while len(wanted) < LONGEST:
+        wanted += random.choice(thoughts if len(wanted) < request.max_cot_tokens else answers)
+        wanted += random.choices(range(VOCABULARY), k=random.randrange(3))
+    hidden = toy.leaning_to(wanted[:LONGEST], seed, pull=random.choice([0.5, 1.0, 2.0]))
+    return Story(request, hidden, bad_at=random.randrange(LONGEST) if random.random() < 0.3 else None)
+
+
+@dataclass
+class Seen:
+    """What a decoder did for one story."""
+
+    emitted: list[int] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)  # [n0] what the model is fed after each position but the last
+    phases: list[int] = field(default_factory=list)
+    record: SlotRecord | None = None
+
+
+def decode(toy: Toy, decoder: SoftDecoder, stories: list[Story], random: Random | None = None) -> list[Seen]:
+    """Run stories through a decoder: one after the other, or, with `random`, many at a time, in batches that change all the time:
+    rows come and go, change places and miss steps, as under preemption. Replays whatever has been fed so far."""
+    seen, waiting, running = [Seen() for _ in stories], list(range(len(stories))), dict[int, int]()
+    while waiting or running:
+        while waiting and decoder.free_slots and (not running or (random and random.random() < 0.5)):
+            story = waiting.pop(0)
+            running[story] = decoder.admit(stories[story].request)
+        batch = list(running)
+        if random:
+            batch = random.sample(batch, random.randint(1, len(batch)))
+        slots = torch.tensor([running[story] for story in batch])
+        hidden = torch.stack([stories[story].hidden[len(seen[story].phases)] for story in batch])
+        logits = torch.stack([stories[story].logits(toy, len(seen[story].phases)) for story in batch])
+        emitted = decoder.advance(slots, logits, hidden).tolist()
+        for story, slot, token in zip(batch, slots.tolist(), emitted, strict=True):
+            one = seen[story]
+            one.emitted.append(token)
+            one.phases.append(int(decoder.phase[slot]))
+            if one.phases[-1] == DONE:
+                one.record = decoder.record(slot)
+                decoder.release(slot)
+                del running[story]
+                continue
+            one.inputs.append((decoder.next_input[slot] if decoder.overlaid[slot] else toy.embedding[token]).clone())
+            if random:
+                assert_replays(toy, decoder, slot, one, random)
+    return seen
+
+
+def assert_replays(toy: Toy, decoder: SoftDecoder, slot: int, seen: Seen, random: Random) -> None:
+    """Laying a replay of any stretch of the CoT over the embeddings of the emitted ids gives what was fed."""
+    length = int(decoder.cot_length[slot])
+    first = random.randrange(length)
+    last = random.randint(first + 1, length)
+    rows = toy.embedding[seen.emitted[first:last]].clone()
+    steps, replayed = decoder.replay(slot, first, last)
+    rows[torch.from_numpy(steps - first)] = replayed
+    assert torch.equal(rows, torch.stack(seen.inputs[first:last]))
+
+
+def assert_same_record(a: SlotRecord | None, b: SlotRecord | None) -> None:
+    assert a is not None and b is not None
+    for name in ("shadow_ids", "dropped_mass", "soft_embeddings", "answer_ids", "answer_logprobs", "stop_code", "prefill_kind"):
+        assert np.array_equal(getattr(a, name), getattr(b, name)), name
+    for name in ("ids", "probs", "offsets"):
+        assert np.array_equal(getattr(a.support, name), getattr(b.support, name)), name
+
+
+# --- against the reference -------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("stop_id", STOP_IDS)
+def test_a_changing_batch_decodes_as_the_slow_reference_does(dtype: torch.dtype, stop_id: int) -> None:
+    toy = Toy(dtype)
+    stories = [a_story(toy, seed) for seed in range(1000 * stop_id, 1000 * stop_id + 50)]
+    crowd = decode(toy, toy.decoder(slots=7, stop_id=stop_id), stories, Random(stop_id))
+    ends: Counter[tuple[int, int]] = Counter()
+    for story, seen in zip(stories, crowd, strict=True):
+        told = decode_slowly(toy, story)
+        assert_is_told(toy, story, seen, told, stop_id)
+        ends[told.prefill_kind, told.stop_code] += 1
+    print(ends)
+    assert ends.keys() >= {*product((AFTER_PHRASE, AT_LIMIT), (CLOSED, EOS, LENGTH)), (AT_LIMIT, BAD_LOGITS)}  # all was seen
+
+
+def assert_is_told(toy: Toy, story: Story, seen: Seen, told: Told, stop_id: int) -> None:
+    assert seen.phases == told.phases
+    finished = told.phases[-1:] == [DONE]
+    shown = [token if token != stop_id else seen.emitted[i] for i, token in enumerate(told.true_ids[: len(told.inputs)])]
+    assert finished and seen.emitted == [*shown, stop_id]  # a true token equal to the stop id is shown as some other one
+    assert stop_id not in shown
+    for fed, wanted in zip(seen.inputs, told.inputs, strict=True):
+        rounding = 2.0**-8 * np.abs(wanted) if toy.dtype == torch.bfloat16 else 0.0
+        assert (np.abs(fed.double().numpy() - wanted) <= rounding + 5e-4).all()  # what is dropped is below 40e-6 of |E| < 4
+    record = seen.record
+    assert record is not None
+    assert (record.stop_code, record.prefill_kind) == (told.stop_code, told.prefill_kind)
+    assert record.shadow_ids.tolist() == told.shadow_ids
+    assert record.answer_ids.tolist() == told.answer_ids
+    assert np.allclose(record.answer_logprobs, told.answer_logprobs, rtol=0, atol=1e-5)
+    assert_is_support_of(record, told.mixtures)
+    thinks_softly = story.request.mode is not Mode.hard
+    assert (record.soft_embeddings is not None) == (story.request.record_full and thinks_softly)
+    if record.soft_embeddings is not None and told.shadow_ids:
+        fed_rows = torch.stack(seen.inputs[: len(told.shadow_ids)])
+        assert torch.equal(torch.from_numpy(record.soft_embeddings).view(toy.dtype), fed_rows)
+
+
+def assert_is_support_of(record: SlotRecord, mixtures: list[NDArray[np.float64]]) -> None:
+    """The recorded steps are the mixtures without what is below the threshold, renormalised; none of a hard request."""
+    support = record.support
+    if not mixtures:
+        assert len(support.ids) == 0 and not support.offsets.any() and not record.dropped_mass.any()
+        assert len(support.offsets) == len(record.shadow_ids) + 1
+    for step, mixture in enumerate(mixtures):
+        entries = slice(int(support.offsets[step]), int(support.offsets[step + 1]))
+        chosen, probs = support.ids[entries], support.probs[entries]
+        assert (np.diff(chosen) > 0).all() and abs(probs.sum(dtype=np.float64) - 1) < 1e-6
+        assert set(np.flatnonzero(mixture > 1.01e-6)) <= set(chosen) <= set(np.flatnonzero(mixture > 0.99e-6))
+        assert np.allclose(probs, mixture[chosen] / mixture[chosen].sum(), rtol=1e-3, atol=1e-7)
+        assert abs(record.dropped_mass[step] - (1 - mixture[chosen].sum())) < 1e-6
+
+
+@DTYPES
+def test_a_request_in_a_crowd_is_bit_for_bit_the_request_alone(dtype: torch.dtype) -> None:
+    toy = Toy(dtype)
+    stories = [a_story(toy, seed) for seed in range(100, 140)]
+    crowd = decode(toy, toy.decoder(slots=9, stop_id=2), stories, Random(0))
+    alone = decode(toy, toy.decoder(slots=1, stop_id=2), stories)
+    for a, b in zip(crowd, alone, strict=True):
+        assert (a.emitted, a.phases) == (b.emitted, b.phases)
+        assert len(a.inputs) == len(b.inputs) and all(map(torch.equal, a.inputs, b.inputs))
+        assert_same_record(a.record, b.record)
+
+
+@DTYPES
+def test_one_bad_row_ends_and_the_others_do_not_notice(dtype: torch.dtype) -> None:
+    toy = Toy(dtype)
+    stories = [replace(a_story(toy, seed), bad_at=None) for seed in range(200, 212)]
+    hurt = replace(stories[5], request=replace(stories[5].request, max_cot_tokens=9), bad_at=0)
+    calm = decode(toy, toy.decoder(12, 2), stories, Random(3))
+    with_bad = decode(toy, toy.decoder(12, 2), [*stories[:5], hurt, *stories[6:]], Random(3))
+    assert with_bad[5].record is not None and with_bad[5].record.stop_code == BAD_LOGITS
+    assert with_bad[5].emitted == [2] and len(with_bad[5].record.shadow_ids) == 0
+    for i in {*range(12)} - {5}:
+        assert with_bad[i].emitted == calm[i].emitted and all(map(torch.equal, with_bad[i].inputs, calm[i].inputs))
+        assert_same_record(with_bad[i].record, calm[i].record)
+
+
+def test_fuzzy_without_noise_thinks_the_greedy_tokens_and_is_fed_their_embeddings() -> None:
+    """With exact logits: bfloat16 ones are rescored for a fuzzy thought, and taken as they are for a hard one."""
+    toy = Toy(torch.float32)
+    for seed in range(20):
+        story = replace(a_story(toy, seed), bad_at=None)
+        story = replace(story, hidden=toy.leaning_to([seed + i for i in range(20)] + [0] * (LONGEST - 20), seed, pull=4.0))
+        common = {"sigma": 0.0, "record_full": False, "answer_temperature": 0.0}
+        fuzzy = replace(story, request=replace(story.request, mode=Mode.fuzzy, tau=1e-4, **common))
+        greedy = replace(story, request=replace(story.request, mode=Mode.hard, tau=0.0, **common))
+        a, b = (decode(toy, toy.decoder(1, 2), [one])[0] for one in (fuzzy, greedy))
+        assert a.record is not None and b.record is not None
+        assert (a.emitted, a.record.shadow_ids.tolist()) == (b.emitted, b.record.shadow_ids.tolist())
+        assert all(map(torch.equal, a.inputs, b.inputs))
+        assert a.record.answer_ids.tolist() == b.record.answer_ids.tolist()
+
+
+# --- where the CoT and the answer end --------------------------------------------------------------------------------
+
+
+def certain(token: int) -> Tensor:
+    """float32 logits [1, V] of a model that says nothing else."""
+    logits = torch.full((1, VOCABULARY), -60.0)
+    logits[0, token] = 60.0
+    return logits
+
+
+def say(decoder: SoftDecoder, slot: int, tokens: list[int]) -> list[int]:
+    """Have the model say tokens of the CoT or the answer, with what is forced in between; returns the emitted ids."""
+    emitted, left = [], list(tokens)
+    while left or decoder.phase[slot] == PREFILL:
+        token = 0 if decoder.phase[slot] == PREFILL else left.pop(0)
+        emitted += decoder.advance(torch.tensor([slot]), certain(token), torch.zeros(1, WIDTH)).tolist()
+    return emitted
+
+
+SHORT, LONG = PREFILLS
+STOP = EOS_IDS[0]
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize(
+    ("limit", "thoughts", "kind"),
+    [
+        (8, ["a", "so: "], AFTER_PHRASE),
+        (8, ["so: "], AFTER_PHRASE),
+        (8, ["sso", ":", " "], AFTER_PHRASE),
+        (8, ["so:s", "o", "", ": "], AFTER_PHRASE),
+        (8, ["so: x", "x so: "], AFTER_PHRASE),  # the phrase with more after it in its token ends nothing
+        (2, ["so:", " "], AFTER_PHRASE),  # at the very limit
+        (1, ["so: "], AFTER_PHRASE),
+        (3, ["so", ":", "x"], AT_LIMIT),
+        (1, ["so"], AT_LIMIT),
+        (4, ["</s>", "<end>", "</s>", "a"], AT_LIMIT),  # an EOS does not end a thought
+        (4, ["</s>", "so", "</s>", ": "], AT_LIMIT),  # it is text like any other
+    ],
+)
+def test_where_a_thought_ends(mode: Mode, limit: int, thoughts: list[str], kind: int) -> None:
+    decoder = Toy(torch.float32).decoder(slots=3, stop_id=STOP)
+    slot = decoder.admit(a_request(mode=mode, max_cot_tokens=limit))
+    emitted = say(decoder, slot, ids(*thoughts))
+    assert decoder.record(slot).shadow_ids.tolist() == ids(*thoughts)
+    assert decoder.record(slot).prefill_kind == kind and int(decoder.phase[slot]) == ANSWER
+    assert STOP not in emitted and emitted[len(thoughts) :] == PREFILLS[kind]
+
+
+@pytest.mark.parametrize(
+    ("limit", "answer", "code"),
+    [
+        (6, ["}"], CLOSED),  # an empty answer
+        (6, ["1", "2", "}."], CLOSED),
+        (6, ["{", "1", "}", "x", "}"], CLOSED),
+        (6, ["{{", "{}", "}}", "}"], CLOSED),
+        (6, ["y{", "}{", "}}"], CLOSED),
+        (6, ["}{"], CLOSED),  # closed inside the token, though its sum is 0
+        (6, ["\\{", "\\}", "{\\}", "}}"], CLOSED),  # printed braces do not count
+        (3, ["1", "2", "}"], CLOSED),  # with the last token allowed
+        (6, ["</s>"], EOS),
+        (6, ["1", "{", "<end>"], EOS),
+        (2, ["1", "<end>"], EOS),
+        (1, ["1"], LENGTH),
+        (3, ["{", "1", "}"], LENGTH),
+        (3, ["so: ", "\\}", "\\}"], LENGTH),
+    ],
+)
+def test_where_an_answer_ends(limit: int, answer: list[str], code: int) -> None:
+    decoder = Toy(torch.float32).decoder(slots=3, stop_id=STOP)
+    slot = decoder.admit(a_request(max_cot_tokens=1, max_answer_tokens=limit))
+    say(decoder, slot, ids("a"))
+    emitted = say(decoder, slot, ids(*answer))
+    record = decoder.record(slot)
+    assert emitted == [*ids(*answer[:-1]), STOP]
+    assert (record.answer_ids.tolist(), record.stop_code, int(decoder.phase[slot])) == (ids(*answer), code, DONE)
+    assert np.array_equal(record.answer_logprobs, np.zeros(len(answer)))
+
+
+def test_a_finished_request_stays_finished_and_its_record_as_it_was() -> None:
+    decoder = Toy(torch.float32).decoder(slots=2, stop_id=STOP)
+    slot = decoder.admit(a_request(max_cot_tokens=1))
+    say(decoder, slot, ids("a", "1", "}"))
+    record = decoder.record(slot)
+    assert say(decoder, slot, [3, 4]) == [STOP, STOP] and int(decoder.phase[slot]) == DONE
+    assert decoder.advance(torch.tensor([slot]), certain(3) * torch.nan, torch.zeros(1, WIDTH)).tolist() == [STOP]
+    assert_same_record(decoder.record(slot), record)
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("bad", [[0, torch.nan], [0, torch.inf], [slice(None), -torch.inf]])
+def test_bad_logits_end_thoughts_and_answers_but_not_what_is_forced(mode: Mode, bad: list[Any]) -> None:
+    logits = certain(5)
+    logits[0, bad[0]] = bad[1]
+    decoder = Toy(torch.float32).decoder(slots=2, stop_id=STOP)
+
+    def slot_after(*pieces: str) -> int:
+        slot = decoder.admit(a_request(mode=mode, max_cot_tokens=2))
+        say(decoder, slot, ids(*pieces))
+        return slot
+
+    for said, shadow, answer in ((["a"], 1, 0), (["a", "b", "1"], 2, 1)):
+        slot = slot_after(*said)
+        assert decoder.advance(torch.tensor([slot]), logits, torch.zeros(1, WIDTH)).tolist() == [STOP]
+        record = decoder.record(slot)
+        assert (record.stop_code, len(record.shadow_ids), len(record.answer_ids)) == (BAD_LOGITS, shadow, answer)
+        assert len(record.support.offsets) == shadow + 1
+        decoder.release(slot)
+    slot = decoder.admit(a_request(mode=mode, max_cot_tokens=1))
+    decoder.advance(torch.tensor([slot]), certain(0), torch.zeros(1, WIDTH))
+    forced = [decoder.advance(torch.tensor([slot]), logits, torch.zeros(1, WIDTH)).item() for _ in LONG]
+    assert forced == LONG and int(decoder.stop_code[slot]) == RUNNING
+
+
+@DTYPES
+@pytest.mark.parametrize("stop_id", STOP_IDS)
+def test_a_true_token_equal_to_the_stop_id_is_disguised_and_fed_as_itself(dtype: torch.dtype, stop_id: int) -> None:
+    """The mixture of a soft thought is left alone. (Forced and answered ones: the slow reference, above.)"""
+    toy = Toy(dtype)
+    decoder = toy.decoder(slots=2, stop_id=stop_id)
+    hidden = torch.zeros(1, WIDTH, dtype=dtype)
+    hard, soft = (decoder.admit(a_request(mode=mode, max_cot_tokens=2)) for mode in (Mode.hard, Mode.soft))
+    both = torch.tensor([soft, hard])
+    emitted = decoder.advance(both, certain(stop_id).expand(2, -1), hidden.expand(2, -1)).tolist()
+    assert stop_id not in emitted and decoder.overlaid[both].all()
+    assert decoder.shadow_ids[both, 0].tolist() == [stop_id, stop_id]
+    assert torch.equal(decoder.next_input[hard], toy.embedding[stop_id])
+    assert not torch.equal(decoder.next_input[soft], toy.embedding[stop_id])
+    steps, rows = decoder.replay(hard, 0, 1)
+    assert steps.tolist() == [0] and torch.equal(rows[0], toy.embedding[stop_id])
+    decoder.advance(both, certain(33).expand(2, -1), hidden.expand(2, -1))
+    assert decoder.overlaid[both].tolist() == [True, False]  # a soft thought always, a hard one no longer
+    assert decoder.replay(hard, 0, 2)[0].tolist() == [0]
+
+
+# --- slots -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_slot_keeps_nothing_of_the_request_before() -> None:
+    toy = Toy(torch.float32)
+    used, fresh = toy.decoder(slots=1, stop_id=STOP), toy.decoder(slots=1, stop_id=STOP)
+    for mode, said in ((Mode.soft, ["so", "a", "x", "so: ", "{", "{"]), (Mode.hard, ["so", "</s>", "so:"]), (Mode.fuzzy, ["so"])):
+        slot = used.admit(a_request(mode=mode, record_full=True))
+        say(used, slot, ids(*said))
+        used.release(slot)
+    records = []
+    for decoder in (used, fresh):
+        slot = decoder.admit(a_request(max_cot_tokens=3))
+        assert_same_record(decoder.record(slot), replace(decoder.record(slot), prefill_kind=AT_LIMIT, stop_code=RUNNING))
+        assert int(decoder.phase[slot]) == COT and decoder.record(slot).soft_embeddings is None
+        say(decoder, slot, ids(": ", "a", "a", "1", "}"))
+        records.append(decoder.record(slot))
+    assert_same_record(*records)
+
+
+def test_no_slot_is_given_twice() -> None:
+    decoder = Toy(torch.float32).decoder(slots=3, stop_id=STOP)
+    slots = [decoder.admit(a_request()) for _ in range(3)]
+    assert sorted(slots) == [0, 1, 2] and decoder.free_slots == 0
+    with pytest.raises(RuntimeError, match=r"no free soft-decoding slot among 3: raise engine\.max_num_seqs"):
+        decoder.admit(a_request())
+    decoder.release(slots[1])
+    assert decoder.admit(a_request()) == slots[1]
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def many(logits: Tensor, rows: int, temperature: float, stream: int = STREAM_ANSWER) -> tuple[Tensor, Tensor]:
+    """`rows` draws from the same logits [V], each with a position of its own."""
+    seed = torch.full((rows,), 2**62 + 5)
+    return sample_tokens(logits.expand(rows, -1), torch.full((rows,), temperature), seed, torch.arange(rows), stream)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("vocabulary", [40, 128, 300])
+def test_frequencies_follow_the_softmax(vocabulary: int, temperature: float) -> None:
+    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * 1.5
+    rows = 20_000
+    token, logprob = many(logits, rows, temperature)
+    expected = torch.softmax(logits.double() / temperature, 0) * rows
+    counts = torch.bincount(token, minlength=vocabulary).double()
+    common = expected >= 10  # the rest as one class
+    expected = torch.cat([expected[common], expected[~common].sum()[None].clamp_min(1e-9)])
+    counts = torch.cat([counts[common], counts[~common].sum()[None]])
+    freedom = len(counts) - 1
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 4 * (2 * freedom) ** 0.5
+    assert torch.allclose(logprob, torch.log_softmax(logits, 0)[token], atol=1e-5)  # at temperature 1, whatever it was drawn at
+
+
+def test_greedy_is_the_argmax_and_rows_have_their_own_temperature() -> None:
+    logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(1))
+    logits[:, 200:] = -torch.inf
+    temperature = torch.tensor([0.0, 1.0]).repeat(32)
+    token, logprob = sample_tokens(logits, temperature, torch.arange(64), torch.arange(64), STREAM_COT)
+    greedy = temperature == 0
+    assert torch.equal(token[greedy], logits[greedy].argmax(1))
+    assert (token[~greedy] != logits[~greedy].argmax(1)).any() and token.max() < 200
+    assert torch.allclose(logprob, torch.log_softmax(logits, 1).gather(1, token[:, None])[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("allowed", [[0], [127], [128], [299], [5, 127], [128, 255], [3, 280], [130, 131]])
+def test_what_has_no_probability_is_never_drawn(allowed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.full((300,), -torch.inf)
+    logits[allowed] = torch.arange(len(allowed)) * 0.3
+    assert set(many(logits, 500, 1.0)[0].tolist()) == set(allowed)
+    cold = torch.full((300,), -1.0)  # exp(-1 / 1e-4) is 0 in float32
+    cold[allowed] = 0.0
+    assert set(many(cold, 500, 1e-4)[0].tolist()) == set(allowed)
+    for u, id_ in ((2.0**-24, allowed[0]), (1 - 2.0**-24, allowed[-1])):  # the smallest and the largest there is
+        monkeypatch.setattr(soft_decoding, "uniform_rows", lambda seeds, *_, u=u: torch.full((len(seeds),), u))
+        assert many(logits, 1, 1.0)[0].tolist() == many(cold, 1, 1e-4)[0].tolist() == [id_]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_draw_depends_on_nothing_but_its_row_seed_position_and_stream(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(2)
+    logits = (torch.randn(24, 49_152, generator=random) * 0.5).to(dtype)
+    temperature = torch.tensor([1.0, 0.7, 0.0]).repeat(8)
+    seed, position = torch.randint(0, 2**62, (24,), generator=random), torch.randint(0, 4096, (24,), generator=random)
+    token, logprob = sample_tokens(logits, temperature, seed, position, STREAM_COT)
+    for rows in (slice(3, 4), slice(7, 20), torch.randperm(24, generator=random)):
+        again, logprob_again = sample_tokens(logits[rows], temperature[rows], seed[rows], position[rows], STREAM_COT)
+        assert torch.equal(again, token[rows]) and torch.equal(logprob_again, logprob[rows])
+    drawn = temperature > 0
+    for other in ((seed + 1, position, STREAM_COT), (seed, position + 1, STREAM_COT), (seed, position, STREAM_ANSWER)):
+        assert (sample_tokens(logits, temperature, *other)[0] != token)[drawn].all()
