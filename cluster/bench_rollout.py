@@ -155,9 +155,7 @@ def _engine(config: Config, model_dir: str, profile: bool) -> Iterator[tuple[Any
     try:
         yield engine, ray.get(engine.start.remote(), timeout=config.engine.start_timeout_s)
     except ray.exceptions.GetTimeoutError:
-        raise RunError(
-            f"bench: the engine did not start within engine.start_timeout_s = {config.engine.start_timeout_s}"
-        ) from None
+        raise RunError(f"bench: the engine did not start within engine.start_timeout_s = {config.engine.start_timeout_s}") from None
     finally:
         _stop(engine)
 

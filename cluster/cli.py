@@ -25,9 +25,7 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the run's newest checkpoint")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check everything, print the resolved config, start nothing")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the resolved config, start nothing")] = False,
     replay: Annotated[Path | None, typer.Option(help="learn from rollouts written by `softrl rollout`")] = None,
 ) -> None:
     """Train a model: rollouts, learning and weight pushes on one machine or a Ray cluster."""
@@ -39,9 +37,7 @@ def train(
 
         model_dir, problems, validation = prepare(resolved)
         print(dump_config(resolved), end="")
-        print(
-            f"# model at {model_dir}; {len(problems)} training and {len(validation)} validation problems; nothing was started"
-        )
+        print(f"# model at {model_dir}; {len(problems)} training and {len(validation)} validation problems; nothing was started")
     elif replay is not None:
         from cluster import offline
 

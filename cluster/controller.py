@@ -16,11 +16,9 @@ engines draw nothing between that and the push.
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -29,16 +27,15 @@ from cluster.live import LiveView
 from cluster.placement import Cluster, placed, ray_session
 from cluster.rollouts import Rollouts, require_prompts_fit
 from cluster.run_dir import RunDir
+from cluster.step_metrics import StepMetrics
 from configs.errors import RunError
 from configs.load import config_hash
 from configs.schema import Config
-from cluster.step_metrics import StepMetrics
 from learner import checkpoint
 from rollout.evaluation import Accuracy, accuracy, evaluation_requests
 from rollout.models import load_tokenizer, resolve_model
 from rollout.reward import Scorer
 from rollout.tasks import Problem, batch_indices, load_task
-from rollout.trajectory import Group
 
 VERIFY_SEQUENCES = 4  # prompts whose log-probs prove a push
 
@@ -163,9 +160,7 @@ class Training:
     async def _start(self) -> None:
         """Start engines and learners side by side, load the checkpoint when resuming, push, and prove the push."""
         config, timeout = self.config, self.config.engine.start_timeout_s
-        self.view.note(
-            f"starting {len(self.engines)} engine(s) and {len(self.learners)} learner rank(s) of {config.model.path}"
-        )
+        self.view.note(f"starting {len(self.engines)} engine(s) and {len(self.learners)} learner rank(s) of {config.model.path}")
         starting = [engine.start.remote() for engine in self.engines]
         host, port = await self._wait("start", "learner rank 0", timeout, self.learners[0].address.remote())
         learning = self._send_all("start", host, port)

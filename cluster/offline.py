@@ -6,11 +6,11 @@ from typing import Any
 
 import ray
 
-from cluster.controller import prepare
+from cluster.controller import prepare, recorded_end
+from cluster.live import LiveView
 from cluster.placement import placed, ray_session
 from cluster.rollouts import Rollouts
 from cluster.run_dir import RunDir
-from cluster.live import LiveView
 from cluster.step_metrics import StepMetrics
 from configs.errors import InputError
 from configs.load import config_hash
@@ -58,31 +58,33 @@ def write(config: Config, out: Path) -> None:
                 view.step({"step": step + 1, **meter.finish({}, {}, [])})
                 view.note(f"wrote {path}")
 
-        asyncio.run(
-            asyncio.wait_for(draw(), config.engine.start_timeout_s + config.run.steps * config.engine.request_timeout_s)
-        )
+        asyncio.run(asyncio.wait_for(draw(), config.engine.start_timeout_s + config.run.steps * config.engine.request_timeout_s))
 
 
 def replay(config: Config, folder: Path) -> None:
     """`softrl train --replay`: learner ranks alone, one step for each file of written rollouts, in order."""
     model_dir = str(resolve_model(config.model.path))
-    steps = [groups for groups in read_rollouts(folder)][: config.run.steps]
-    with RunDir.create(config, resume=False) as run, ray_session(config):
-        with placed(config, model_dir, with_engines=False) as cluster, LiveView(config) as view:
-            learners, deadline = cluster.learners, config.learner.step_timeout_s
+    steps = list(read_rollouts(folder))[: config.run.steps]
+    with (
+        RunDir.create(config, resume=False) as run,
+        ray_session(config),
+        placed(config, model_dir, with_engines=False) as cluster,
+        LiveView(config) as view,
+        recorded_end(run),
+    ):
+        learners, deadline = cluster.learners, config.learner.step_timeout_s
 
-            def on_all(method: str, *args: Any) -> list[Any]:
-                with run.waiting(method, "learner ranks", deadline):
-                    return list(ray.get([getattr(rank, method).remote(*args) for rank in learners], timeout=deadline))
+        def on_all(method: str, *args: Any) -> list[Any]:
+            with run.waiting(method, "learner ranks", deadline):
+                return list(ray.get([getattr(rank, method).remote(*args) for rank in learners], timeout=deadline))
 
-            host, port = ray.get(learners[0].address.remote(), timeout=config.engine.start_timeout_s)
-            on_all("start", host, port)
-            for step, groups in enumerate(steps):
-                view.step(run.metrics.write(step + 1, learn(on_all, step, groups)))
-            last = checkpoint.step_folder(run.folder, len(steps))
-            on_all("save", str(last), {"step": len(steps), "config_hash": config_hash(config)})
-            view.note(f"checkpoint {last}")
-            run.status("done")
+        host, port = ray.get(learners[0].address.remote(), timeout=config.engine.start_timeout_s)
+        on_all("start", host, port)
+        for step, groups in enumerate(steps):
+            view.step(run.metrics.write(step + 1, learn(on_all, step, groups)))
+        last = checkpoint.step_folder(run.folder, len(steps))
+        on_all("save", str(last), {"step": len(steps), "config_hash": config_hash(config)})
+        view.note(f"checkpoint {last}")
 
 
 def learn(on_all: Any, step: int, groups: list[Group]) -> dict[str, float]:

@@ -6,7 +6,7 @@ the machine are shared: rollouts and learning alternate more than they overlap, 
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,8 @@ def _reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
         need = sum(bundle.get(kind, 0.0) for bundle in bundles)
         if need > have.get(kind, 0.0):
             raise InputError(
-                f"engine.count and learner.ranks need {need:g} {kind}s, the cluster has {have.get(kind, 0.0):g}; lower them or add nodes"
+                f"engine.count and learner.ranks need {need:g} {kind}s, the cluster has {have.get(kind, 0.0):g}; "
+                "lower them or add nodes"
             )
     group = placement_group(bundles, strategy="PACK")
     try:
@@ -114,10 +115,8 @@ def _options(group: PlacementGroup, bundle: int, gpus: int, environment: dict[st
 
 def _stop(engines: list[Any]) -> None:
     """Ask vLLM to leave by itself, so that no engine process outlives its actor."""
-    try:
+    with suppress(ray.exceptions.RayError, TimeoutError):  # the actor is killed next in any case
         ray.get([engine.stop.remote() for engine in engines], timeout=30)
-    except (ray.exceptions.RayError, TimeoutError):
-        pass  # the actor is killed next in any case
 
 
 def _actors(config: Config) -> int:

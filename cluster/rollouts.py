@@ -93,8 +93,8 @@ def require_prompts_fit(config: Config, tokenizer: Any, problems: list[Problem])
     needed = lengths[longest] + config.policy.max_cot_tokens + forced + config.policy.max_answer_tokens
     if needed > config.engine.max_model_len:
         raise InputError(
-            f"task: the prompt of problem {problems[longest].index} has {lengths[longest]} tokens and needs {needed} with CoT and answer, "
-            f"engine.max_model_len is {config.engine.max_model_len}; raise it, or filter the data"
+            f"task: the prompt of problem {problems[longest].index} has {lengths[longest]} tokens and needs {needed} with CoT "
+            f"and answer, engine.max_model_len is {config.engine.max_model_len}; raise it, or filter the data"
         )
 
 

@@ -1,4 +1,4 @@
-"""The two ways a softrl command can end badly, each with its exit code. Messages are one line: what, where, expected, what to do."""
+"""The two ways a softrl command can end badly, each with its exit code. A message is one line."""
 
 
 class InputError(Exception):

@@ -113,6 +113,12 @@ def split_for_ranks(batches: Sequence[PackedBatch], ranks: int) -> list[list[Pac
     return [ordered[rank::ranks] for rank in range(ranks)]
 
 
+def packed_rows(weighted: Sequence[Weighted]) -> int:
+    """Rows of one micro-batch that held them all: each distinct prompt once, and every sample."""
+    prompts = {trajectory.prompt_ids.tobytes(): len(trajectory.prompt_ids) for trajectory, _ in weighted}
+    return sum(prompts.values()) + sum(_rows(trajectory) for trajectory, _ in weighted)
+
+
 def _require_trainable(trajectory: Trajectory) -> None:
     name = f"prompt {trajectory.prompt_index}, sample {trajectory.sample_index}"
     if len(trajectory.prompt_ids) == 0:
@@ -120,9 +126,7 @@ def _require_trainable(trajectory: Trajectory) -> None:
     if trajectory.cot_length == 0 and len(trajectory.answer_ids) == 0:
         raise InputError(f"{name}: neither a CoT nor an answer was generated; nothing to learn from")
     if trajectory.mode is Mode.hard and trajectory.tau <= 0:
-        raise InputError(
-            f"{name}: greedy hard tokens (tau {trajectory.tau}) have no log-probability to learn; train with tau > 0"
-        )
+        raise InputError(f"{name}: greedy hard tokens (tau {trajectory.tau}) have no log-probability to learn; train with tau > 0")
     if trajectory.mode is not Mode.hard and not (trajectory.sigma > 0 and trajectory.tau > 0):
         raise InputError(
             f"{name}: {trajectory.mode} steps with tau {trajectory.tau}, sigma {trajectory.sigma} have no density to learn; "
@@ -139,7 +143,7 @@ def _deal(trajectories: Sequence[Trajectory], limit: int, ranks: int) -> list[li
     """Indices of the trajectories of each micro-batch; longest sample first, each to where the load is then smallest."""
     prompts = [trajectory.prompt_ids.tobytes() for trajectory in trajectories]
     prompt_rows = {key: len(trajectory.prompt_ids) for key, trajectory in zip(prompts, trajectories, strict=True)}
-    least = sum(prompt_rows.values()) + sum(_rows(trajectory) for trajectory in trajectories)
+    least = packed_rows([(trajectory, 0.0) for trajectory in trajectories])
     count = -(-max(1, -(-least // limit)) // ranks) * ranks
     longest_first = sorted(range(len(trajectories)), key=lambda i: -_rows(trajectories[i]))
     while True:
@@ -235,9 +239,7 @@ def _cot_columns(trajectory: Trajectory, weight: float, sample: int, prompt_last
     }
 
 
-def _answer_columns(
-    trajectory: Trajectory, weight: float, sample: int, prompt_last: int, first: int
-) -> dict[str, NDArray[Any]]:
+def _answer_columns(trajectory: Trajectory, weight: float, sample: int, prompt_last: int, first: int) -> dict[str, NDArray[Any]]:
     n = len(trajectory.answer_ids)
     index = trajectory.cot_length + len(trajectory.prefill_ids) + np.arange(n)
     return _step_columns(n, 1.0, weight, sample, _predicting_rows(index, prompt_last, first)) | {

@@ -26,7 +26,7 @@ from configs.errors import InputError, RunError
 from configs.schema import Config
 from learner import checkpoint
 from learner.advantage import ESTIMATORS
-from learner.batch import PackedBatch, pack, split_for_ranks
+from learner.batch import PackedBatch, Weighted, pack, packed_rows, split_for_ranks
 from learner.losses import Terms
 from learner.metrics import StepMeter
 from learner.optimiser import build_optimiser, clip_gradients, lr_at
@@ -62,18 +62,27 @@ class Learner:
         self._named_step = step
         self.optimiser.zero_grad(set_to_none=True)
         self._meter = StepMeter()
+        self._pending: dict[bool, list[Weighted]] = {True: [], False: []}  # by whether there is a gradient to compute
         self._fault: str | None = None
         self._busy_s = 0.0
 
     def accumulate(self, group: Group) -> None:
-        """Adds the group's gradient, weighted by advantage / (B G). Raises RunError for a reward that is not finite."""
+        """Adds the group's gradient, weighted by advantage / (B G), as soon as there is a whole micro-batch to run.
+
+        Groups smaller than a micro-batch wait for the next, because every forward and backward gathers and casts all weights.
+        Raises RunError for a reward that is not finite.
+        """
         with self._busy():
-            batches = self._micro_batches(group)
-            rewards = [sample.reward for sample in group.samples]
             # Equal rewards have no advantage: the gradient is zero, so a forward for the metrics is enough.
-            learn = any(reward != rewards[0] for reward in rewards)
-            for batch in split_for_ranks(batches, self.world_size)[self.rank]:
-                self._run(batch.to(self.device), group.step, learn)
+            learn = any(sample.reward != group.samples[0].reward for sample in group.samples)
+            self._pending[learn] += self._weighted(group)
+            if packed_rows(self._pending[learn]) >= self.config.learner.micro_batch_tokens * self.world_size:
+                self._run_pending(learn)
+
+    def flush(self) -> None:
+        """Runs the groups that still wait for a full micro-batch; gradients are complete after it."""
+        for learn in (True, False):
+            self._run_pending(learn)
 
     def finish_step(self) -> dict[str, float]:
         """Clips, steps the optimiser and returns the step's `learner/...` metrics.
@@ -81,6 +90,7 @@ class Learner:
         Raises RunError, on all ranks and before any weight changed, for a loss or a gradient norm that is not finite.
         """
         with self._busy():
+            self.flush()
             faults: list[str | None] = [None] * self.world_size
             dist.all_gather_object(faults, self._fault)
             if fault := next((fault for fault in faults if fault), None):
@@ -140,7 +150,8 @@ class Learner:
         self.begin_step(self.step)
         return controller
 
-    def _micro_batches(self, group: Group) -> list[PackedBatch]:
+    def _weighted(self, group: Group) -> list[Weighted]:
+        """The group's trajectories with their weights in the loss, checked."""
         for sample in group.samples:
             name = f"step {group.step}, prompt {group.prompt_index}, sample {sample.trajectory.sample_index}"
             if not math.isfinite(sample.reward):
@@ -157,8 +168,16 @@ class Learner:
                 )
         advantages = ESTIMATORS[self.config.learner.advantage]([sample.reward for sample in group.samples])
         scale = 1.0 / (self.config.rollout.prompts_per_step * len(group.samples))
-        weighted = [(sample.trajectory, float(a) * scale) for sample, a in zip(group.samples, advantages, strict=True)]
-        return pack(weighted, self.config.learner.micro_batch_tokens, self.world_size)
+        return [(sample.trajectory, float(a) * scale) for sample, a in zip(group.samples, advantages, strict=True)]
+
+    def _run_pending(self, learn: bool) -> None:
+        """Packs what waits and runs this rank's share of it."""
+        if not self._pending[learn]:
+            return
+        batches = pack(self._pending[learn], self.config.learner.micro_batch_tokens, self.world_size)
+        self._pending[learn] = []
+        for batch in split_for_ranks(batches, self.world_size)[self.rank]:
+            self._run(batch.to(self.device), self._named_step, learn)
 
     def _run(self, batch: PackedBatch, step: int, learn: bool) -> None:
         if learn:

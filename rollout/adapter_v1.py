@@ -14,9 +14,9 @@ from torch import Tensor
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import SamplerOutput
 
+from rollout.plugin import EXTRA_ARG
 from rollout.record import SlotRecord
 from rollout.soft_decoding import DONE, SoftDecoder
-from rollout.plugin import EXTRA_ARG
 from rollout.wire import slot_request
 
 NO_SLOT = -1

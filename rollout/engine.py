@@ -127,7 +127,9 @@ class RolloutEngine:
                     raise RunError(f"{label}: vLLM ended it with {output.outputs[0].finish_reason!r}, expected 'stop'")
                 record = await self._take(record_id)
         except TimeoutError:
-            raise RunError(f"{label}: not finished within engine.request_timeout_s = {self.config.engine.request_timeout_s}") from None
+            raise RunError(
+                f"{label}: not finished within engine.request_timeout_s = {self.config.engine.request_timeout_s}"
+            ) from None
         finally:
             self._in_flight -= 1
             if not finished:

@@ -12,7 +12,6 @@ from typing import Any
 
 from configs.versions import TESTED_VLLM
 
-
 EXTRA_ARG = "softrl"  # the key of a request's options in SamplingParams.extra_args
 SHM_BACKEND = "softrl_shm"
 

@@ -54,9 +54,7 @@ BUILT_IN = {
     ),
     "deepscaler": HubTask("agentica-org/DeepScaleR-Preview-Dataset", "problem", "answer", {"train": "train"}),
     "math500": HubTask("HuggingFaceH4/MATH-500", "problem", "answer", {"test": "test"}),
-    "olympiadbench": HubTask(
-        "Hothan/OlympiadBench", "question", "final_answer", {"test": "train"}, config="OE_TO_maths_en_COMP"
-    ),
+    "olympiadbench": HubTask("Hothan/OlympiadBench", "question", "final_answer", {"test": "train"}, config="OE_TO_maths_en_COMP"),
 }
 
 Row = tuple[str, Mapping[str, Any]]  # (where it stands, for messages; the fields)

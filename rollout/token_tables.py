@@ -67,7 +67,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[byt
     elif _mentions(decoder, "ByteFallback"):
         plain = [_sentencepiece_bytes(t) for t in _tokens(tokenizer)]
     else:
-        raise InputError(f"tokenizer decoder {decoder and decoder.get('type')!r}: expected ByteLevel or ByteFallback; use another model")
+        raise InputError(
+            f"tokenizer decoder {decoder and decoder.get('type')!r}: expected ByteLevel or ByteFallback; use another model"
+        )
     return [added.get(i, plain[i] if i < len(plain) else b"") for i in range(vocab_size)]
 
 

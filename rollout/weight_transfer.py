@@ -47,14 +47,16 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
-        """Check the whole file, then load it. Raises ValueError naming the tensor, with the old weights back in place."""
+        """Check the whole file, then load it. Raises ValueError naming the tensor, or OSError or SafetensorError for a file
+        that cannot be read, with the old weights back in place."""
         assert self.manifest is not None, "init_transfer_engine comes first"
-        with safetensors.safe_open(update_info.path, framework="pt") as file:
-            try:
+        try:
+            with safetensors.safe_open(update_info.path, framework="pt") as file:
                 check_file(file, self.manifest, update_info.checksums)
-            except ValueError:
-                self.finish_weight_update()  # nothing was loaded: puts every layer's own weights back
-                raise
+        except (ValueError, OSError, safetensors.SafetensorError):
+            self.finish_weight_update()  # nothing was loaded: puts every layer's own weights back
+            raise
+        with safetensors.safe_open(update_info.path, framework="pt") as file:
             self.model.load_weights((name, file.get_tensor(name).to(self.device)) for name in self.manifest.names)
 
     def finish_weight_update(self) -> None:
@@ -88,5 +90,5 @@ def check_file(file: Any, manifest: SharedMemoryInitInfo, checksums: dict[str, s
         tensor = file.get_tensor(name)
         if list(tensor.shape) != list(shape) or str(tensor.dtype) != f"torch.{dtype}":
             raise ValueError(f"weight push refused: {name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}")
-        if tensor_checksum(tensor) != checksums[name]:
+        if tensor_checksum(tensor) != checksums.get(name):
             raise ValueError(f"weight push refused: the bytes of {name} are not those the learner sent")

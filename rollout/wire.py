@@ -14,7 +14,6 @@ from rollout.soft_decoding import SlotRequest
 from rollout.trajectory import SampleRequest
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttachSpec:
     """What a worker needs before it can decode soft tokens; sent once, as JSON."""
@@ -33,7 +32,8 @@ class AttachSpec:
 
     @staticmethod
     def from_json(text: str) -> "AttachSpec":
-        return AttachSpec(**json.loads(text))
+        fields = json.loads(text)
+        return AttachSpec(**{**fields, "prefills": tuple(fields["prefills"])})  # JSON knows no tuples
 
 
 def request_options(request: SampleRequest, record_id: str) -> dict[str, Any]:

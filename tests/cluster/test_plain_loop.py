@@ -1,4 +1,4 @@
-"""The baseline that speed is compared with is itself right: padding changes nothing, and cold noiseless soft tokens are greedy ones."""
+"""The baseline is itself right: padding changes nothing, and cold noiseless soft tokens are greedy ones."""
 
 import pytest
 import torch

@@ -152,9 +152,7 @@ def test_a_resumed_run_learns_what_it_learned(recipe: Path, override: str, says:
     with pytest.raises(InputError, match=rf"runs/first/config.yaml: {says}") as caught:
         RunDir.create(load_config(recipe, [override]), resume=True)
     assert "\n" not in str(caught.value)
-    assert {
-        path: path.read_bytes() for path in folder.iterdir() if path.is_file()
-    } == files  # refused before anything was touched
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == files  # refused before anything was touched
 
 
 def test_length_cadence_and_sizes_may_change_and_are_noted(recipe: Path) -> None:
@@ -191,9 +189,7 @@ def test_two_processes_cannot_write_to_one_run(recipe: Path) -> None:
 def test_metrics_are_plain_finite_numbers_and_can_be_tailed(recipe: Path) -> None:
     with RunDir.create(load_config(recipe), resume=False) as run:
         row = run.metrics.write(1, {"reward/mean": np.float32(0.5), "queue/depth": np.int64(3)})
-        assert (
-            json.loads((run.folder / "metrics.jsonl").read_text()) == row == {"step": 1, "reward/mean": 0.5, "queue/depth": 3}
-        )
+        assert json.loads((run.folder / "metrics.jsonl").read_text()) == row == {"step": 1, "reward/mean": 0.5, "queue/depth": 3}
         for bad in (float("nan"), float("inf"), np.float32("nan")):
             with pytest.raises(RunError, match=r"step 2: learner/loss = (nan|inf): not finite"):
                 run.metrics.write(2, {"reward/mean": 1.0, "learner/loss": bad})

@@ -47,7 +47,9 @@ class Rig:
         client = EngineClient([self.engine], 1, DEADLINE_S)
         client.version = "0"
         info = SharedMemoryTrainerInfo(rank=0)
-        SharedMemoryTrainer.trainer_init(info, client=client, source=LearnerSource(metas, lambda: iter(tensors.items()))).send_weights()
+        SharedMemoryTrainer.trainer_init(
+            info, client=client, source=LearnerSource(metas, lambda: iter(tensors.items()))
+        ).send_weights()
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         return load_file(self.model_dir / "model.safetensors")

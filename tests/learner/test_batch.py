@@ -42,9 +42,7 @@ def trajectory(prompt: list[int], mode: Mode, cot: int, prefill: int, answer: in
 
 
 def test_rows_of_a_soft_and_a_hard_sample_of_one_prompt() -> None:
-    (batch,) = pack(
-        [(trajectory([1, 2, 3], Mode.soft, 2, 1, 2, 0), 0.5), (trajectory([1, 2, 3], Mode.hard, 1, 0, 1, 1), -1.0)], 64
-    )
+    (batch,) = pack([(trajectory([1, 2, 3], Mode.soft, 2, 1, 2, 0), 0.5), (trajectory([1, 2, 3], Mode.hard, 1, 0, 1, 1), -1.0)], 64)
     #                                 prompt   soft 0: 2 CoT, prefill, 1st answer   hard 1: CoT
     assert batch.input_ids.tolist() == [1, 2, 3, 10, 11, 20, 30, 10]
     assert batch.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 3]

@@ -27,6 +27,7 @@ def learner_gradients(config: Config, folder: Path, groups: list[Group]) -> tupl
     learner.begin_step(0)
     for group in groups:
         learner.accumulate(group)
+    learner.flush()
     return learner, {name: p.grad.full_tensor().clone() for name, p in learner.policy.model.named_parameters()}
 
 

@@ -194,9 +194,7 @@ def test_rollouts_of_another_model_are_refused(tied_dir: Path) -> None:
     learner = start(tied_dir)
     learner.begin_step(0)
     with pytest.raises(InputError, match=r"prompt 0, sample 1: token ids reach .*97 tokens"):
-        learner.accumulate(
-            with_trajectory(group, 1, answer_ids=np.array([97], np.int32), answer_logprobs=np.zeros(1, np.float32))
-        )
+        learner.accumulate(with_trajectory(group, 1, answer_ids=np.array([97], np.int32), answer_logprobs=np.zeros(1, np.float32)))
 
 
 def test_the_process_group_must_be_the_one_named(tied_dir: Path) -> None:

@@ -18,6 +18,7 @@ def learn(rank: int, config: Config, model_dir: Path, groups: list[Group], out: 
     learner.begin_step(0)
     for group in groups:
         learner.accumulate(group)
+    learner.flush()
     gradients = {name: p.grad.full_tensor() for name, p in learner.policy.model.named_parameters()}
     metrics = learner.finish_step()
     weights = dict(learner.full_tensors(torch.float32))

@@ -12,7 +12,19 @@ from torch import Tensor
 from configs.schema import Mode
 from kernels.noise import STREAM_ANSWER, STREAM_COT, normal_rows, uniform_rows
 from rollout.soft_decoding import (
-    AFTER_PHRASE, ANSWER, AT_LIMIT, BAD_LOGITS, CLOSED, COT, DONE, EOS, LENGTH, PREFILL, RUNNING, SlotRequest, SoftDecoder,
+    AFTER_PHRASE,
+    ANSWER,
+    AT_LIMIT,
+    BAD_LOGITS,
+    CLOSED,
+    COT,
+    DONE,
+    EOS,
+    LENGTH,
+    PREFILL,
+    RUNNING,
+    SlotRequest,
+    SoftDecoder,
 )  # fmt: skip
 from rollout.token_tables import TokenTables, brace_tables, pad_pieces, phrase_table
 

@@ -128,9 +128,7 @@ def test_files_come_in_the_order_of_steps_with_their_description(tmp_path: Path)
         write(tmp_path, batch(step, [[step % 7]], [Mode.soft]), name=f"step_{step:06d}")
     described = list_rollouts(tmp_path)
     assert [file.path.stem for file in described] == ["step_000009", "step_000010", "step_000100"]
-    assert {(f.model, f.weight_version, f.config_hash, f.engine_dtype) for f in described} == {
-        ("org/model", 3, "abc", "bfloat16")
-    }
+    assert {(f.model, f.weight_version, f.config_hash, f.engine_dtype) for f in described} == {("org/model", 3, "abc", "bfloat16")}
     assert [len(groups) for groups in read_rollouts(tmp_path)] == [1, 1, 1]
     assert not [path for path in tmp_path.iterdir() if path.suffix not in (".json", ".safetensors")]
 

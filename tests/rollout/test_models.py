@@ -86,9 +86,7 @@ def test_the_tokenizer_splits_digits_and_loses_nothing() -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("<|im_end|>") == [tokenizer.eos_token_id] == [2]
     assert len(tokenizer) == 49152
-    assert "<|im_start|>user\nhi<|im_end|>" in tokenizer.apply_chat_template(
-        [{"role": "user", "content": "hi"}], tokenize=False
-    )
+    assert "<|im_start|>user\nhi<|im_end|>" in tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
 
 
 def test_rotary_rows_return_to_their_halves() -> None:

@@ -16,9 +16,7 @@ def test_the_paper_prompt_asks_the_question_and_ends_at_the_assistant() -> None:
 
 
 def test_braces_of_latex_survive_in_template_and_question() -> None:
-    assert (
-        render("{x} \\boxed{1} {question} %s {0}", "\\frac{1}{2}{question}") == "{x} \\boxed{1} \\frac{1}{2}{question} %s {0}"
-    )
+    assert render("{x} \\boxed{1} {question} %s {0}", "\\frac{1}{2}{question}") == "{x} \\boxed{1} \\frac{1}{2}{question} %s {0}"
 
 
 def test_both_prefills_open_the_same_box() -> None:

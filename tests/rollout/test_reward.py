@@ -62,9 +62,7 @@ def test_a_closed_box_is_cut_at_its_own_brace(content: str, rest: str) -> None:
     assert boxed_answer(f"{content}}}{rest}", closed=True) == (content.strip() or None)
 
 
-@pytest.mark.parametrize(
-    ("text", "closed"), [(None, True), ("", True), ("  }", True), ("}", True), ("17", False), ("17}", False)]
-)
+@pytest.mark.parametrize(("text", "closed"), [(None, True), ("", True), ("  }", True), ("}", True), ("17", False), ("17}", False)])
 def test_nothing_boxed_is_worth_nothing(text: str | None, closed: bool) -> None:
     assert quick_verdict("17", boxed_answer(text, closed)) == NOTHING
 
