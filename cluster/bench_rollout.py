@@ -1,6 +1,6 @@
 """`softrl bench rollout`: what soft tokens cost, and what the engine gains over a plain PyTorch loop.
 
-    one vLLM engine     soft, hard, soft, hard, ...   the same prompts, the same number of decoded positions, all at once
+    one vLLM engine     soft, hard, soft, hard, ...   a step's worth of the recipe: its prompts, group size and lengths
     then, on the same   plain loop, plain loop, ...   (cluster/plain_loop.py) in a process of its own, the engine gone
     cores or GPU
 
@@ -31,22 +31,20 @@ from cluster.placement import ray_session
 from cluster.plain_loop import PlainLoopSpeed, time_plain_loop
 from configs.errors import RunError
 from configs.schema import TAU_OF_MODE, Config, Mode
-from rollout.arithmetic import generate
 from rollout.engine import RolloutEngine, engine_environment
 from rollout.files import replace_file
 from rollout.models import load_tokenizer, resolve_model
-from rollout.prompt import PREFILL_AT_LIMIT
+from rollout.prompt import PREFILL_AT_LIMIT, render
+from rollout.tasks import load_task
 from rollout.trajectory import SampleRequest, Trajectory
 
-COT_TOKENS = 64
-ANSWER_TOKENS = 1  # more would end at the closing brace, earlier in one mode than in the other
 WARM_UP_TOKENS = 4
 PROFILE_LINES = 30
 PLAIN_LOOP_TIMEOUT_S = 3600.0
 
 
 def bench_rollout(config: Config, *, sequences: int = 64, rounds: int = 3, profile: bool = False) -> dict[str, Any]:
-    """Measure with the model, engine and policy (tau, gamma) of a recipe; `sequences` requests are decoded at once.
+    """Measure with the model, engine, prompts, lengths and policy of a recipe; `sequences` requests are decoded at once.
 
     `profile` adds vLLM's torch profile of one soft and one hard batch, taken after the measurement. Raises RunError when the
     engine or the loop fails.
@@ -54,17 +52,18 @@ def bench_rollout(config: Config, *, sequences: int = 64, rounds: int = 3, profi
     config = _bench_config(config, sequences)
     model_dir = str(resolve_model(config.model.path))
     tokenizer = load_tokenizer(config.model.path)
-    # Bare questions: they do not lead to the stop phrase, so every CoT has the full length, and they are shorter than a block
-    # of the prefix cache, so no round finds its prompts computed already.
-    problems = generate("train", {})
-    prompts = [tokenizer.encode(problems[i % len(problems)][0]) for i in range(sequences)]
+    problems, group = load_task(config.task.train), config.rollout.samples_per_prompt
+    questions = [problems[(i // group) % len(problems)].question for i in range(sequences)]
+    prompts = [tokenizer.encode(render(config.task.prompt, question)) for question in questions]
     with ray_session(config):
         with _engine(config, model_dir, profile) as (engine, report):
             sigma = config.policy.gamma * float(report["rms_embedding"])
-            speeds, lengths = _alternate(engine, config, prompts, sigma, rounds)
+            speeds, decoded = _alternate(engine, config, prompts, sigma, rounds)
             profiles = _profiles(engine, config, prompts, sigma) if profile else {}
         prefill = tokenizer.encode(PREFILL_AT_LIMIT, add_special_tokens=False)
-        plain = _plain_loop(config, model_dir, prompts, prefill, sigma, rounds)
+        # The loop decodes as many answer tokens as the engine's answers had on average; in truth it waits for the longest.
+        answer = max(1, round(decoded["soft"] / sequences) - config.policy.max_cot_tokens - len(prefill))
+        plain = _plain_loop(config, model_dir, prompts, prefill, sigma, rounds, answer)
     soft, hard = speeds[_soft_mode(config)], speeds[Mode.hard]
     return {
         "soft_over_hard": median(s / h for s, h in zip(soft, hard, strict=True)),
@@ -73,13 +72,19 @@ def bench_rollout(config: Config, *, sequences: int = 64, rounds: int = 3, profi
         "hard_tokens_per_s": median(hard),
         "plain_loop_tokens_per_s": median(plain.tokens_per_s),
         "rounds": {"soft": soft, "hard": hard, "plain_loop": plain.tokens_per_s},
-        "positions": lengths | {"plain_loop": plain.positions},  # decoded in a round
+        "positions": decoded | {"plain_loop": plain.positions},  # decoded in a round
         "device": _device(plain),
         "model": config.model.path,
         "dtype": str(config.engine.dtype),
         "versions": _versions(report),
         "sequences": sequences,
-        "lengths": {"prompt": max(map(len, prompts)), "cot": COT_TOKENS, "prefill": len(prefill), "answer": ANSWER_TOKENS},
+        "lengths": {
+            "prompt": max(map(len, prompts)),
+            "group": group,
+            "cot": config.policy.max_cot_tokens,
+            "prefill": len(prefill),
+            "answer": answer,
+        },
         "policy": {"mode": str(_soft_mode(config)), "tau": _tau(config, _soft_mode(config)), "sigma": sigma},
         **({"profile": profiles} if profile else {}),
     }
@@ -98,7 +103,10 @@ def print_bench(figures: dict[str, Any], console: Console | None = None) -> None
         )
     ]
     lengths = figures["lengths"]
-    batch = f"{figures['sequences']} sequences of {lengths['prompt']} prompt and {lengths['cot']} CoT tokens"
+    batch = (
+        f"{figures['sequences']} sequences, {lengths['group']} to a prompt of {lengths['prompt']} tokens, "
+        f"{lengths['cot']} CoT + {lengths['prefill']} forced + {lengths['answer']} answer tokens"
+    )
     console.print(f"{figures['model']} ({figures['dtype']}), {batch}, on {figures['device']}", highlight=False, soft_wrap=True)
     console.print(make_table("", ["", "tokens/s", "of hard", "rounds"], rows))
     console.print(
@@ -178,7 +186,8 @@ def _alternate(
     for round_ in range(rounds):
         for mode in modes:
             begun = time.perf_counter()
-            trajectories = _batch(engine, _requests(config, mode, prompts, sigma, COT_TOKENS, seed=1 + round_))
+            cot_tokens = config.policy.max_cot_tokens
+            trajectories = _batch(engine, _requests(config, mode, prompts, sigma, cot_tokens, seed=1 + round_))
             seconds = time.perf_counter() - begun
             decoded = sum(trajectory.generated for trajectory in trajectories)
             speeds[mode].append(decoded / seconds)
@@ -204,8 +213,8 @@ def _requests(
             sigma=0.0 if mode is Mode.hard else sigma,
             seed=(seed << 20) + i,
             max_cot_tokens=cot_tokens,
-            max_answer_tokens=ANSWER_TOKENS,
-            answer_temperature=1.0,
+            max_answer_tokens=config.policy.max_answer_tokens,
+            answer_temperature=config.rollout.answer_temperature,
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -216,7 +225,7 @@ def _profiles(engine: Any, config: Config, prompts: list[list[int]], sigma: floa
     tables = {}
     for mode in (_soft_mode(config), Mode.hard):
         ray.get(engine.start_profile.remote(str(mode)))
-        _batch(engine, _requests(config, mode, prompts, sigma, COT_TOKENS, seed=0))
+        _batch(engine, _requests(config, mode, prompts, sigma, config.policy.max_cot_tokens, seed=0))
         tables[str(mode)] = ray.get(engine.stop_profile.remote(str(mode)))
     return tables
 
@@ -225,7 +234,7 @@ def _profiles(engine: Any, config: Config, prompts: list[list[int]], sigma: floa
 
 
 def _plain_loop(
-    config: Config, model_dir: str, prompts: list[list[int]], prefill: list[int], sigma: float, rounds: int
+    config: Config, model_dir: str, prompts: list[list[int]], prefill: list[int], sigma: float, rounds: int, answer: int
 ) -> PlainLoopSpeed:
     """The baseline in a process of its own, with every core and GPU that the engine had."""
     gpus = min(1, ray.cluster_resources().get("GPU", 0))
@@ -239,8 +248,8 @@ def _plain_loop(
         prefill,
         tau=_tau(config, mode),
         sigma=sigma,
-        cot_tokens=COT_TOKENS,
-        answer_tokens=ANSWER_TOKENS,
+        cot_tokens=config.policy.max_cot_tokens,
+        answer_tokens=answer,
         rounds=rounds,
         threads=threads,
         dtype=config.engine.dtype,
@@ -260,7 +269,6 @@ def _bench_config(config: Config, sequences: int) -> Config:
         config.engine,
         count=1,
         max_num_seqs=max(sequences, config.engine.max_num_seqs),
-        max_model_len=max(4 * COT_TOKENS, config.engine.max_model_len),
     )
     return replace(config, engine=engine)
 

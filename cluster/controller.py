@@ -90,11 +90,12 @@ class Training:
         for step in range(self.run.step, steps):
             metrics = await self._step(step)
             done = step + 1
-            if done == steps or done % self.config.checkpoint.every == 0:
-                await self._save(done)
             if done == steps or (self.config.eval.every and done % self.config.eval.every == 0):
                 metrics |= await self._validate(done)
             self.view.step(self.run.metrics.write(done, metrics))
+            # Saved after its row is written: a run that is killed in between resumes from the checkpoint before, with every row.
+            if done == steps or done % self.config.checkpoint.every == 0:
+                await self._save(done)
         self._conclude()
 
     async def _step(self, step: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What a terminal shows of a run: a panel that is redrawn, or, where nothing can be redrawn (a file, a pipe), one line a step.
 
-It reads the rows of metrics.jsonl and nothing else. `eval/SETTING` is in per cent of right answers, `reward/correct` a share.
+It reads the rows of metrics.jsonl and nothing else. `eval/SETTING` and `reward/correct` are shares of right answers.
 """
 
 import time
@@ -30,7 +30,7 @@ class LiveView:
         self.config = config
         self.console = console or Console()
         self.rows: list[Mapping[str, float]] = []
-        self.evals: dict[str, tuple[int, float]] = {}  # setting: (step, per cent right)
+        self.evals: dict[str, tuple[int, float]] = {}  # setting: (step, share right)
         self._last_step = time.monotonic()
         redraws = self.console.is_terminal and not self.console.options.ascii_only
         # Twice a second: enough to show that it lives, and nothing taken from two cores that have a model to train.
@@ -82,7 +82,7 @@ class LiveView:
             f"residual {_number(row, 'learner/residual_mean', '.4f')}",
             f"{row['time/step']:.1f} s" + (f" ({split})" if split else ""),
         ]
-        parts += [f"{setting} {value:.1f}%" for setting, (step, value) in self.evals.items() if step == row["step"]]
+        parts += [f"{setting} {value:.1%}" for setting, (step, value) in self.evals.items() if step == row["step"]]
         if (left := self.seconds_left()) is not None:
             parts.append(f"ETA {duration(left)}")
         return " | ".join(parts)
@@ -98,7 +98,7 @@ class LiveView:
             self._add_measurements(grid, self.rows[-1])
         if self.evals:
             last = max(step for step, _ in self.evals.values())
-            found = "   ".join(f"{setting} {value:.1f}%" for setting, (_, value) in self.evals.items())
+            found = "   ".join(f"{setting} {value:.1%}" for setting, (_, value) in self.evals.items())
             grid.add_row("eval", f"{found}   (step {last})")
         width = min(self.console.width, PANEL)
         return Panel(grid, title=f"[bold]{self.config.run.name}[/bold]", subtitle=describe(self.config), width=width)

@@ -9,7 +9,6 @@ The version rises in `finish_weight_update` and nowhere else, so an engine never
 """
 
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, Tr
 
 from configs.errors import InputError, RunError
 from configs.schema import Dtype, PushBackend
+from learner.network import free_port
 from rollout.checksums import tensor_checksum
 from rollout.weight_transfer import SharedMemoryInitInfo, SharedMemoryUpdateInfo
 
@@ -213,10 +213,3 @@ def _manifest(metas: list[ParamMeta]) -> SharedMemoryInitInfo:
         dtype_names=[str(m.dtype).removeprefix("torch.") for m in metas],
         shapes=[list(m.shape) for m in metas],
     )
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago on this host."""
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])

@@ -4,10 +4,11 @@ Every method is called on all ranks in the same order by the controller; Ray run
 collectives inside them meet.
 """
 
+import importlib
 import os
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -16,8 +17,11 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from configs.schema import Config, PushBackend
-from learner.push import Pusher, PushReport, free_port
+from learner.network import free_port
 from rollout.trajectory import Group
+
+if TYPE_CHECKING:
+    from learner.push import PushReport
 
 
 class LearnerRank:
@@ -35,6 +39,8 @@ class LearnerRank:
     def start(self, host: str, port: int) -> dict[str, Any]:
         """Join the process group and build the policy; returns what the controller logs of it."""
         from learner.learner import Learner
+
+        importlib.import_module("learner.push")  # vLLM's modules, loaded while the engines start as well
 
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
@@ -56,6 +62,8 @@ class LearnerRank:
 
     def connect(self, engines: list[Any], fixed_sequences: list[NDArray[np.int32]]) -> None:
         """Open the push to the engines; `fixed_sequences` are the token ids that a push is verified with."""
+        from learner.push import Pusher  # brings vLLM, which the controller's process does without
+
         backend = self.config.push.backend
         if backend is PushBackend.auto:
             backend = PushBackend.nccl if torch.cuda.is_available() else PushBackend.shm
@@ -81,7 +89,7 @@ class LearnerRank:
     def finish_step(self) -> dict[str, float]:
         return self.learner.finish_step()
 
-    def push(self, version: int) -> PushReport:
+    def push(self, version: int) -> "PushReport":
         return self.pusher.push(version)
 
     def verify(self, version: int) -> float:

@@ -7,3 +7,8 @@ In: problems, a policy's mode, tau and sigma, and weights. Out: Trajectory, Samp
                                 |   worker_extension: adapter_v1 -> soft_decoding -> record
                                 +-- weight_transfer <- learner.push
 """
+
+import logging
+
+# vLLM warns while it is imported, before it has read VLLM_LOGGING_LEVEL; once it has, that level holds.
+logging.getLogger("vllm").setLevel(logging.ERROR)

@@ -280,10 +280,12 @@ class RolloutEngine:
             kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
             enable_prompt_embeds=True,  # gives `inputs_embeds`, the rows that soft decoding writes over
             enable_prefix_caching=True,
+            block_size=None if on_gpu else 32,  # vLLM's 128 on a CPU is longer than many prompts, and only whole blocks are shared
             worker_extension_cls="rollout.worker_extension.SoftWorkerExtension",
             weight_transfer_config=WeightTransferConfig(backend=SHM_BACKEND if backend is PushBackend.shm else str(backend)),
             generation_config="vllm",  # a checkpoint's own sampling defaults must not leak in
             seed=self.config.run.seed,
+            use_tqdm_on_load=False,
         )
 
 

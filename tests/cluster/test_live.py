@@ -43,7 +43,7 @@ def seen(view: LiveView, width: int = 100) -> str:
 
 def test_the_panel_holds_every_number_of_the_step(config: Config) -> None:
     with LiveView(config, console(terminal=True)) as view:
-        view.step(ROW | {"step": 6, "reward/mean": 20.0, "eval/hard_greedy": 50.0})
+        view.step(ROW | {"step": 6, "reward/mean": 20.0, "eval/hard_greedy": 0.5})
         view.step(ROW)
         text = seen(view)
     for part in (
@@ -67,7 +67,7 @@ def test_the_panel_holds_every_number_of_the_step(config: Config) -> None:
 @pytest.mark.parametrize("width", [50, 80, 200])
 def test_the_panel_fits_any_terminal(config: Config, width: int) -> None:
     view = LiveView(config, console(terminal=True))
-    view.step(ROW | {"eval/hard_greedy": 50.0, "eval/soft_greedy": 50.0})
+    view.step(ROW | {"eval/hard_greedy": 0.5, "eval/soft_greedy": 0.5})
     lines = seen(view, width).splitlines()
     assert max(map(len, lines)) <= width and len(lines) < 20
 
@@ -92,7 +92,7 @@ def test_notes_and_tables_stay_above_the_panel(config: Config) -> None:
 def test_without_a_terminal_each_step_is_one_ascii_line(config: Config) -> None:
     on = console(terminal=False, width=40)
     with LiveView(config, on) as view:
-        view.step(ROW | {"eval/hard_greedy": 50.0})
+        view.step(ROW | {"eval/hard_greedy": 0.5})
         view.step(ROW | {"step": 8})
     head, seventh, eighth = on.export_text().splitlines()
     assert head == "sums: soft (tau 0.5, gamma 0.33), smollm2-135m, 8 prompts x 8 samples"

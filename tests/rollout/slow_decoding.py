@@ -3,6 +3,8 @@ looked at again after every token, float64 throughout, and mixtures over the who
 """
 
 from dataclasses import dataclass, field
+from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from rollout.soft_decoding import (
     RUNNING,
     SlotRequest,
     SoftDecoder,
-)  # fmt: skip
+)
 from rollout.token_tables import TokenTables, brace_tables, pad_pieces, phrase_table
 
 PHRASE = b"so: "
@@ -40,6 +42,8 @@ VOCABULARY = len(PIECES)
 PADDED = VOCABULARY + 3  # rows of embedding, head and logits; what stands in the last three must never matter
 WIDTH, EMBEDDING_WIDTH = 8, 12
 MOST_COT, MOST_ANSWER = 12, 6
+LONGEST = MOST_COT + max(map(len, PREFILLS)) + MOST_ANSWER
+STOP_IDS = [EOS_IDS[0], PIECES.index(b"{"), 0]  # an EOS as in real life; one that is forced and answered; what disguises others
 
 
 def ids(*pieces: str) -> list[int]:
@@ -50,8 +54,8 @@ def toy_tables() -> TokenTables:
     flat, lengths = pad_pieces(PIECES)
     is_eos = torch.zeros(VOCABULARY, dtype=torch.bool)
     is_eos[EOS_IDS] = True
-    braces = [torch.from_numpy(table) for table in brace_tables(flat, lengths)]
-    return TokenTables(torch.from_numpy(phrase_table(flat, lengths, PHRASE)), *braces, is_eos)
+    delta, lowest = (torch.from_numpy(table) for table in brace_tables(flat, lengths))
+    return TokenTables(torch.from_numpy(phrase_table(flat, lengths, PHRASE)), delta, lowest, is_eos)
 
 
 class Toy:
@@ -99,6 +103,42 @@ class Story:
         if k == self.bad_at:
             row[VOCABULARY // 2] = torch.nan
         return row
+
+
+def a_request(**fields: Any) -> SlotRequest:
+    usual: dict[str, Any] = {
+        "prompt_length": 5, "mode": Mode.soft, "tau": 0.5, "sigma": 0.33, "seed": 11, "max_cot_tokens": MOST_COT,
+        "max_answer_tokens": MOST_ANSWER, "answer_temperature": 1.0, "record_full": False,
+    }  # fmt: skip
+    return SlotRequest(**usual | fields)
+
+
+def a_story(toy: Toy, seed: int) -> Story:
+    """A random request of a model that is fond of the phrase, of braces, of EOS and of the stop ids."""
+    random = Random(seed)
+    mode, tau = random.choice([(Mode.hard, 0.0), (Mode.hard, 1.0), (Mode.soft, 0.5), (Mode.soft, 0.5), (Mode.fuzzy, 1e-4)])
+    request = a_request(
+        prompt_length=random.randrange(1, 40), mode=mode, tau=tau, seed=random.randrange(2**63),
+        sigma=0.0 if mode is Mode.hard else random.choice([0.0, 0.33]), max_cot_tokens=random.randrange(1, MOST_COT + 1),
+        max_answer_tokens=random.randrange(1, MOST_ANSWER + 1), answer_temperature=random.choice([0.0, 1.0]),
+        record_full=random.random() < 0.5,
+    )  # fmt: skip
+    thoughts = [
+        ids("so: "),
+        ids("so", ": "),
+        ids("s", "o", ":", " "),
+        ids("so:s", "o: "),
+        ids("sso", ":", " "),
+        EOS_IDS,
+        STOP_IDS,
+    ]
+    answers = [ids("}"), ids("{", "1", "}}"), ids("2", "{\\}", "}."), ids("y{", "}{"), EOS_IDS, STOP_IDS]
+    wanted: list[int] = []
+    while len(wanted) < LONGEST:
+        wanted += random.choice(thoughts if len(wanted) < request.max_cot_tokens else answers)
+        wanted += random.choices(range(VOCABULARY), k=random.randrange(3))
+    hidden = toy.leaning_to(wanted[:LONGEST], seed, pull=random.choice([0.5, 1.0, 2.0]))
+    return Story(request, hidden, bad_at=random.randrange(LONGEST) if random.random() < 0.3 else None)
 
 
 @dataclass

@@ -39,7 +39,7 @@ def assert_holds(arena: SupportArena, slot: int, steps: list[Step], first: int, 
     assert got.probs.tolist() == [p for _, probs, _ in steps[first:last] for p in probs]
     assert len(got.offsets) == last - first + 1 and got.offsets[0] == 0 and got.offsets[-1] == len(got.ids) == len(got.probs)
     assert arena.dropped[slot, first:last].tolist() == [dropped for _, _, dropped in steps[first:last]]
-    assert (got.ids.dtype, got.probs.dtype, got.offsets.dtype) == (np.int32, np.float32, np.int64)
+    assert [array.dtype.name for array in (got.ids, got.probs, got.offsets)] == ["int32", "float32", "int64"]
 
 
 @pytest.mark.parametrize("seed", range(20))

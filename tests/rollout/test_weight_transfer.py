@@ -50,7 +50,7 @@ class Push:
         self.checksums = {name: tensor_checksum(tensor) for name, tensor in self.sent.items()}
         configs = SimpleNamespace(parallel_config=None, model_config=None)  # what the base class keeps of vLLM's config
         config = WeightTransferConfig(backend=SHM_BACKEND)
-        self.engine = SharedMemoryWeightTransferEngine(config, configs, torch.device("cpu"), self.model)  # type: ignore[arg-type]
+        self.engine = SharedMemoryWeightTransferEngine(config, configs, torch.device("cpu"), self.model)
         manifest = {
             "names": list(self.sent),
             "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in self.sent.values()],

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import Mode
@@ -41,6 +41,7 @@ def arrays_of(record: SlotRecord) -> list[np.ndarray]:
     return [support.ids, support.probs, support.offsets, *others, *full]
 
 
+@settings(max_examples=40)
 @given(
     st.dictionaries(
         st.text(max_size=8),
