@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from configs.schema import Mode
+from configs.schema import TAU_OF_MODE, Mode
 from kernels.noise import STREAM_ANSWER, STREAM_COT, uniform_rows
-from kernels.soft_embedding import rebuild, select_support
+from kernels.soft_embedding import SupportBatch, rebuild, select_support
 from rollout.record import SlotRecord, SupportArena, tensor_bytes
 from rollout.token_tables import TokenTables
 
@@ -178,9 +178,7 @@ class SoftDecoder:
         hard = self.is_hard[slots]
         shadow = torch.empty_like(slots)
         if hard.any():
-            of = slots[hard]
-            position = self.prompt_length[of] + self.step[of]
-            shadow[hard], _ = sample_tokens(logits[rows[hard]], self.tau[of], self.seed[of], position, STREAM_COT)
+            shadow[hard] = self._sample(slots[hard], logits[rows[hard]], hidden[rows[hard]])
         soft = ~hard
         if soft.any():
             shadow[soft] = self._mix(slots[soft], logits[rows[soft]], hidden[rows[soft]])
@@ -196,10 +194,25 @@ class SoftDecoder:
         self.step[slots] = torch.where(ended, 0, step + 1)
         return shadow
 
+    def _sample(self, slots: Tensor, logits: Tensor, hidden: Tensor) -> Tensor:
+        """The sampled token of hard rows. A greedy one is found as a fuzzy row finds its peak, where bf16 logits tie or swap."""
+        position = self.prompt_length[slots] + self.step[slots]
+        token, _ = sample_tokens(logits, self.tau[slots], self.seed[slots], position, STREAM_COT)
+        greedy = self.tau[slots] <= 0
+        if logits.dtype != torch.float32 and greedy.any():
+            cold = torch.full_like(self.tau[slots][greedy], TAU_OF_MODE[Mode.fuzzy])
+            token[greedy] = self._support(logits[greedy], cold, hidden[greedy]).top_ids
+        return token
+
+    def _support(self, logits: Tensor, tau: Tensor, hidden: Tensor) -> SupportBatch:
+        """The support of each row's mixture, from float32 logits or from rounded ones and what made them."""
+        if logits.dtype == torch.float32:
+            return select_support(logits, tau, None, None)
+        return select_support(logits, tau, hidden, self.head)
+
     def _mix(self, slots: Tensor, logits: Tensor, hidden: Tensor) -> Tensor:
         """The noisy mixture of soft rows, written to `next_input` and recorded; returns the most probable ids."""
-        rescore = None if logits.dtype == torch.float32 else (hidden, self.head)
-        support = select_support(logits, self.tau[slots], *(rescore or (None, None)))
+        support = self._support(logits, self.tau[slots], hidden)
         step = self.step[slots]
         fed = rebuild(
             support.ids, support.probs, support.offsets, self.embedding,

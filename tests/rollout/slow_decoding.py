@@ -170,11 +170,12 @@ def decode_slowly(toy: Toy, story: Story) -> Told:
             break
         if phase == COT:
             position = request.prompt_length + k
+            exact_logits = exact_head @ story.hidden[k].double().numpy()
             if request.mode is Mode.hard:
-                token = draw(logits, request.tau, request.seed, position, STREAM_COT)
+                greedy = request.tau == 0
+                token = draw(exact_logits if greedy else logits, request.tau, request.seed, position, STREAM_COT)
                 fed = embedding[token]
             else:
-                exact_logits = exact_head @ story.hidden[k].double().numpy()
                 mixture = softmax(exact_logits / single(request.tau))
                 token = int(np.argmax(exact_logits))
                 fed = mixture @ embedding + single(request.sigma) * noise(request.seed, position)
