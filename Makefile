@@ -15,7 +15,7 @@ $(ready): pyproject.toml setup.sh
 	@touch $@
 
 demo: $(ready)
-	.venv/bin/softrl train configs/demo.yaml policy.mode=$(mode)
+	.venv/bin/softrl train configs/demo.yaml policy.mode=$(mode) run.name=demo_$(mode)_$(shell date +%m%d-%H%M%S)
 
 test: $(ready)
 	.venv/bin/python -m pytest -q

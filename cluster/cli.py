@@ -35,9 +35,10 @@ def train(
     if dry_run:
         from cluster.controller import prepare
 
-        model_dir, problems, validation = prepare(resolved)
+        model_dir, problems, validation, test = prepare(resolved)
         print(dump_config(resolved), end="")
-        print(f"# model at {model_dir}; {len(problems)} training and {len(validation)} validation problems; nothing was started")
+        print(f"# model at {model_dir}; {len(problems)} training, {len(validation)} validation, {len(test)} test problems")
+        print("# nothing was started")
     elif replay is not None:
         from cluster import offline
 
@@ -103,15 +104,12 @@ def main() -> None:
     console = Console(stderr=True, soft_wrap=True)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM reads it when a command first imports it
     try:
-        app(standalone_mode=True)
+        app()
     except (InputError, RunError) as error:
         # An error raised in an actor arrives as both Ray's error and ours; the cause is the one that was raised.
         cause = getattr(error, "cause", error)
         console.print(f"softrl: {cause}", style="red", highlight=False, markup=False)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        console.print("softrl: interrupted; go on with --resume", style="yellow")
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,11 @@ engines draw nothing between that and the push.
 """
 
 import asyncio
+import json
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -37,12 +39,13 @@ from rollout.models import load_tokenizer, resolve_model
 from rollout.reward import Scorer
 from rollout.tasks import Problem, batch_indices, load_task
 
+BEST = "best"  # the checkpoint with the best validation, beside the numbered ones
 VERIFY_SEQUENCES = 4  # prompts whose log-probs prove a push
 
 
 def train(config: Config, resume: bool) -> None:
     """Run `softrl train`. Raises InputError before anything is written, RunError when the run fails; both leave it resumable."""
-    model_dir, problems, validation = prepare(config)
+    model_dir, problems, validation, test = prepare(config)
     with (
         RunDir.create(config, resume) as run,
         ray_session(config),
@@ -50,17 +53,18 @@ def train(config: Config, resume: bool) -> None:
         Scorer() as scorer,
         LiveView(config) as view,
     ):
-        training = Training(config, model_dir, problems, validation, cluster, scorer, run, view)
+        training = Training(config, model_dir, problems, validation, test, cluster, scorer, run, view)
         with recorded_end(run):
             asyncio.run(training.run_all())
 
 
-def prepare(config: Config) -> tuple[str, list[Problem], list[Problem]]:
-    """The model's folder, the training and the validation problems, checked to fit. Raises InputError; starts nothing."""
+def prepare(config: Config) -> tuple[str, list[Problem], list[Problem], list[Problem]]:
+    """The model's folder and the training, validation and test problems, checked to fit. Raises InputError; starts nothing."""
     model_dir = str(resolve_model(config.model.path))
-    problems, validation = load_task(config.task.train), load_task(config.task.validation)[: config.eval.problems]
-    require_prompts_fit(config, load_tokenizer(model_dir), problems + validation)
-    return model_dir, problems, validation
+    problems = load_task(config.task.train)
+    validation, test = (load_task(task)[: config.eval.problems] for task in (config.task.validation, config.task.test))
+    require_prompts_fit(config, load_tokenizer(model_dir), problems + validation + test)
+    return model_dir, problems, validation, test
 
 
 class Training:
@@ -72,20 +76,23 @@ class Training:
         model_dir: str,
         problems: list[Problem],
         validation: list[Problem],
+        test: list[Problem],
         cluster: Cluster,
         scorer: Scorer,
         run: RunDir,
         view: LiveView,
     ) -> None:
-        self.config, self.model_dir, self.problems, self.validation = config, model_dir, problems, validation
+        self.config, self.model_dir, self.problems = config, model_dir, problems
+        self.validation, self.test = validation, test
         self.engines, self.learners, self.scorer, self.run, self.view = cluster.engines, cluster.learners, scorer, run, view
-        self.results: list[tuple[str, list[Accuracy]]] = []
+        self.best: tuple[int, float] | None = None  # step and share right of the best validation, by the first eval setting
 
     async def run_all(self) -> None:
-        """Start or resume, take every step, end with a table of what was learned."""
+        """Start or resume, take every step, test the best checkpoint by validation, as the paper does."""
         await self._start()
         steps = self.config.run.steps
         if self.run.step == 0:
+            await self._evaluate("test", 0, self.test)
             await self._validate(0)
         for step in range(self.run.step, steps):
             metrics = await self._step(step)
@@ -95,8 +102,8 @@ class Training:
             self.view.step(self.run.metrics.write(done, metrics))
             # Saved after its row is written: a run that is killed in between resumes from the checkpoint before, with every row.
             if done == steps or done % self.config.checkpoint.every == 0:
-                await self._save(done)
-        self._conclude()
+                await self._save(checkpoint.step_folder(self.run.folder, done), done)
+        await self._test_best()
 
     async def _step(self, step: int) -> dict[str, float]:
         """Rollouts -> learning -> push. Returns the step's metrics; weights are at version step + 1."""
@@ -137,21 +144,27 @@ class Training:
         return {f"push/{name}": float(value) for name, value in report.items()}
 
     async def _validate(self, step: int) -> dict[str, float]:
-        """Accuracy on the validation problems under every `eval.settings`."""
-        gold = {problem.index: problem.answer for problem in self.validation}
-        found = []
-        for setting in self.config.eval.settings:
-            requests = evaluation_requests(self.config, setting, self.validation, self.rollouts.prompt_ids, self.rollouts.sigma)
-            scored = accuracy(setting, self.rollouts.scored(requests, gold))
-            found.append(await self._wait("validation", setting, self.config.engine.request_timeout_s, scored))
-        self.results.append(("base model" if step == 0 else f"step {step}", found))
-        self.run.write_json(f"eval/step_{step:06d}.json", [asdict(a) | {"share": a.share} for a in found])
-        self.view.note(f"validation at step {step}: " + ", ".join(f"{a.setting} {a.share:.1%}" for a in found))
+        """Accuracy on the validation problems; the best weights so far are kept as a checkpoint of their own."""
+        found = await self._evaluate("validation", step, self.validation)
+        if step > 0 and (self.best is None or found[0].share > self.best[1]):
+            self.best = (step, found[0].share)
+            await self._save(self.run.checkpoints / BEST, step)
         return {f"eval/{a.setting}": a.share for a in found}
 
-    async def _save(self, step: int) -> None:
-        folder = checkpoint.step_folder(self.run.folder, step)
-        extra = {"step": step, "sigma": self.rollouts.sigma, "config_hash": config_hash(self.config)}
+    async def _evaluate(self, what: str, step: int, problems: list[Problem]) -> list[Accuracy]:
+        """Accuracy on problems under every `eval.settings`, with the weights that the engines hold; written to eval/."""
+        gold = {problem.index: problem.answer for problem in problems}
+        found = []
+        for setting in self.config.eval.settings:
+            requests = evaluation_requests(self.config, setting, problems, self.rollouts.prompt_ids, self.rollouts.sigma)
+            scored = accuracy(setting, self.rollouts.scored(requests, gold))
+            found.append(await self._wait(what, setting, self.config.engine.request_timeout_s, scored))
+        self.run.write_json(f"eval/{what}_{step:06d}.json", [asdict(a) | {"share": a.share} for a in found])
+        self.view.note(f"{what} at step {step}: " + ", ".join(f"{a.setting} {a.share:.1%}" for a in found))
+        return found
+
+    async def _save(self, folder: Path, step: int) -> None:
+        extra = {"step": step, "sigma": self.rollouts.sigma, "best": self.best, "config_hash": config_hash(self.config)}
         await self._from_learners("checkpoint", self._send_all("save", str(folder), extra))
         checkpoint.prune(self.run.folder, self.config.checkpoint.keep)
         self.run.event("checkpoint", step=step, path=str(folder))
@@ -176,16 +189,25 @@ class Training:
         if self.run.resume_from is not None:
             stored = await self._from_learners("load", self._send_all("load", str(self.run.resume_from)))
             self.rollouts.sigma = float(stored[0]["sigma"])
+            self.best = tuple(stored[0]["best"]) if stored[0]["best"] else None
         await self._push(self.run.step)
         self.run.status("training")
 
-    def _conclude(self) -> None:
-        """The table of validations, and where to look next."""
-        settings = self.config.eval.settings
-        rows = [[label, *(f"{a.share:.1%} ({a.correct}/{a.samples})" for a in found)] for label, found in self.results]
-        self.view.table(f"held-out accuracy, {self.config.run.name}", ["weights", *settings], rows)
-        folder, last = self.run.folder, checkpoint.step_folder(self.run.folder, self.config.run.steps)
-        self.view.note(f"metrics    {folder}/metrics.jsonl\ncheckpoint {last}\nnext       softrl export {last} my-model")
+    async def _test_best(self) -> None:
+        """The test problems under the weights of the best validation, beside the base model's row, and where to look next."""
+        folder = self.run.checkpoints / BEST
+        stored = await self._from_learners("load", self._send_all("load", str(folder)))
+        step = int(stored[0]["step"])
+        await self._push(step)
+        tested = await self._evaluate("test", step, self.test)
+        base = json.loads((self.run.folder / "eval" / "test_000000.json").read_text())
+        shares = [[f"{row['share']:.1%} ({row['correct']}/{row['samples']})" for row in base]]
+        shares.append([f"{a.share:.1%} ({a.correct}/{a.samples})" for a in tested])
+        rows = [[label, *row] for label, row in zip(("base model", f"best validation, step {step}"), shares, strict=True)]
+        self.view.table(f"{self.config.run.name}: held-out test problems", ["weights", *self.config.eval.settings], rows)
+        self.view.note(
+            f"metrics     {self.run.folder}/metrics.jsonl\ncheckpoint  {folder}\nnext        softrl export {folder} my-model"
+        )
 
     # ------------------------------------------------------------------ waiting
 
@@ -215,13 +237,16 @@ async def _all(refs: list[Any]) -> list[Any]:
 
 @contextmanager
 def recorded_end(run: RunDir) -> Iterator[None]:
-    """Leave status.json and events.jsonl saying how the run ended."""
+    """Leave status.json and events.jsonl saying how the run ended. Ctrl-C becomes a RunError that says how to go on."""
     try:
         yield
+    except KeyboardInterrupt:
+        run.event("interrupted")
+        run.status("interrupted")
+        raise RunError(f"{run.folder}: interrupted; go on with --resume") from None
     except BaseException as error:
-        state = "interrupted" if isinstance(error, KeyboardInterrupt | asyncio.CancelledError) else "failed"
-        run.event(state, reason=str(error).splitlines()[0] if str(error) else type(error).__name__)
-        run.status(state)
+        run.event("failed", reason=str(error).splitlines()[0] if str(error) else type(error).__name__)
+        run.status("failed")
         raise
     run.event("done")
     run.status("done")

@@ -16,7 +16,7 @@ from configs.errors import InputError
 from configs.load import config_hash
 from configs.schema import Config
 from learner import checkpoint
-from rollout.files import read_rollouts, write_rollouts
+from rollout.files import RolloutFile, list_rollouts, read_groups, write_rollouts
 from rollout.models import load_tokenizer, resolve_model
 from rollout.reward import Scorer
 from rollout.tasks import batch_indices
@@ -25,7 +25,7 @@ from rollout.trajectory import Group
 
 def write(config: Config, out: Path) -> None:
     """`softrl rollout`: the groups of run.steps steps of the untrained model, one file a step."""
-    model_dir, problems, _ = prepare(config)
+    model_dir, problems, _, _ = prepare(config)
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out}: not empty; give --out another folder, or remove it")
     with (
@@ -62,9 +62,12 @@ def write(config: Config, out: Path) -> None:
 
 
 def replay(config: Config, folder: Path) -> None:
-    """`softrl train --replay`: learner ranks alone, one step for each file of written rollouts, in order."""
+    """`softrl train --replay`: learner ranks alone, one step for each file of written rollouts, in order.
+
+    Written rollouts come from the untrained model, so only the first step is on-policy: a tool for the learner, not for results.
+    """
     model_dir = str(resolve_model(config.model.path))
-    steps = list(read_rollouts(folder))[: config.run.steps]
+    files = [fitting(config, file) for file in list_rollouts(folder)[: config.run.steps]]
     with (
         RunDir.create(config, resume=False) as run,
         ray_session(config),
@@ -80,11 +83,22 @@ def replay(config: Config, folder: Path) -> None:
 
         host, port = ray.get(learners[0].address.remote(), timeout=config.engine.start_timeout_s)
         on_all("start", host, port)
-        for step, groups in enumerate(steps):
-            view.step(run.metrics.write(step + 1, learn(on_all, step, groups)))
-        last = checkpoint.step_folder(run.folder, len(steps))
-        on_all("save", str(last), {"step": len(steps), "config_hash": config_hash(config)})
+        for step, file in enumerate(files):
+            view.step(run.metrics.write(step + 1, learn(on_all, step, read_groups(file))))
+        last = checkpoint.step_folder(run.folder, len(files))
+        on_all("save", str(last), {"step": len(files), "config_hash": config_hash(config)})
         view.note(f"checkpoint {last}")
+
+
+def fitting(config: Config, file: RolloutFile) -> RolloutFile:
+    """The file, when its soft inputs can be rebuilt from this config's model: same weights, same engine dtype. Else InputError."""
+    for key, theirs, ours in (
+        ("model.path", file.model, config.model.path),
+        ("engine.dtype", str(file.engine_dtype), str(config.engine.dtype)),
+    ):
+        if theirs != ours:
+            raise InputError(f"{file.path}: drawn with {key} = {theirs}, the config says {ours}; set {key}={theirs}")
+    return file
 
 
 def learn(on_all: Any, step: int, groups: list[Group]) -> dict[str, float]:

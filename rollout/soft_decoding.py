@@ -88,6 +88,7 @@ class SoftDecoder:
         self.answer_temperature = per_slot(torch.float32)
         self.phrase_state, self.prefill_kind = per_slot(torch.int64), per_slot(torch.int64)
         self.brace_depth, self.stop_code = per_slot(torch.int64), per_slot(torch.int64)
+        self.escaping = per_slot(torch.int64)  # 1 where the answer so far ends with an escaping backslash
         self.next_input = per_slot(self.dtype, embedding.shape[1])
         self.overlaid = per_slot(torch.bool)  # the next input is `next_input`, not the embedding of the emitted id
         self.cot_length = per_slot(torch.int64)
@@ -110,7 +111,7 @@ class SoftDecoder:
             "phase": COT, "step": 0, "prompt_length": request.prompt_length, "is_hard": request.mode is Mode.hard,
             "tau": request.tau, "sigma": request.sigma, "seed": request.seed, "cot_limit": request.max_cot_tokens,
             "answer_limit": request.max_answer_tokens, "answer_temperature": request.answer_temperature,
-            "phrase_state": 0, "prefill_kind": AT_LIMIT, "brace_depth": 1, "stop_code": RUNNING, "overlaid": False,
+            "phrase_state": 0, "prefill_kind": AT_LIMIT, "brace_depth": 1, "escaping": 0, "stop_code": RUNNING, "overlaid": False,
             "cot_length": 0, "answer_length": 0,
         }.items():  # fmt: skip
             getattr(self, name)[slot] = value
@@ -242,11 +243,12 @@ class SoftDecoder:
         self.answer_ids[slots, step] = token.to(torch.int32)
         self.answer_logprobs[slots, step] = logprob
         self.answer_length[slots] = step + 1
-        depth = self.brace_depth[slots]
-        closed = depth + self.tables.brace_lowest[token] <= 0
+        depth, escaping = self.brace_depth[slots], self.escaping[slots]
+        closed = depth + self.tables.brace_lowest[escaping, token] <= 0
         eos, length = self.tables.is_eos[token], step + 1 >= self.answer_limit[slots]
         code = torch.where(closed, CLOSED, torch.where(eos, EOS, torch.where(length, LENGTH, RUNNING)))
-        self.brace_depth[slots] = depth + self.tables.brace_delta[token]
+        self.brace_depth[slots] = depth + self.tables.brace_delta[escaping, token]
+        self.escaping[slots] = self.tables.escaping[escaping, token].long()
         self.stop_code[slots] = code
         self.phase[slots] = torch.where(code == RUNNING, ANSWER, DONE)
         self.step[slots] = step + 1

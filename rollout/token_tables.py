@@ -23,8 +23,9 @@ class TokenTables:
     """V is the model's vocabulary (rows of the head without padding); n the length of the stop phrase in bytes."""
 
     phrase_state: Tensor  # uint8 [n+1, V]: automaton state after the token; n means "ends with the phrase"
-    brace_delta: Tensor  # int16 [V]: opening minus closing braces in the token
-    brace_lowest: Tensor  # int16 [V]: the lowest running sum inside the token, at most 0
+    escaping: Tensor  # uint8 [2, V]: the text after the token ends with an escaping backslash; row 1: the text before it did
+    brace_delta: Tensor  # int16 [2, V]: opening minus closing braces in the token
+    brace_lowest: Tensor  # int16 [2, V]: the lowest running sum inside the token, at most 0
     is_eos: Tensor  # bool [V]
 
     @property
@@ -41,9 +42,10 @@ def build_token_tables(tokenizer: PreTrainedTokenizerBase, vocab_size: int, phra
     flat, lengths = pad_pieces(pieces)
     is_eos = torch.zeros(vocab_size, dtype=torch.bool)
     is_eos[[i for i in eos_ids if i < vocab_size]] = True
-    delta, lowest = brace_tables(flat, lengths)
+    escaping, delta, lowest = brace_tables(flat, lengths)
     return TokenTables(
         phrase_state=torch.from_numpy(phrase_table(flat, lengths, phrase.encode())),
+        escaping=torch.from_numpy(escaping),
         brace_delta=torch.from_numpy(delta),
         brace_lowest=torch.from_numpy(lowest),
         is_eos=is_eos,
@@ -98,15 +100,24 @@ def kmp_automaton(phrase: bytes) -> NDArray[np.uint8]:
     return step
 
 
-def brace_tables(flat: NDArray[np.uint8], lengths: NDArray[np.int64]) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
-    """Per token, the brace balance it adds [V] and the lowest balance reached on the way [V].
+def brace_tables(
+    flat: NDArray[np.uint8], lengths: NDArray[np.int64]
+) -> tuple[NDArray[np.uint8], NDArray[np.int16], NDArray[np.int16]]:
+    """Per token [V], and per whether the text before it ends with an escaping backslash (row 1) or not (row 0):
 
-    A brace after a backslash in the same token (`\\{`) is a printed brace of LaTeX and does not count.
+    whether the text after it does, the brace balance it adds, and the lowest balance reached on the way. A brace after a
+    backslash is a printed brace of LaTeX and does not count, in whatever token the backslash came.
     """
-    counts = np.arange(flat.shape[1])[None, :] < lengths[:, None]
-    counts[:, 1:] &= flat[:, :-1] != ord("\\")
-    running = np.cumsum(((flat == ord("{")).astype(np.int16) - (flat == ord("}"))) * counts, axis=1, dtype=np.int16)
-    return running[:, -1].copy(), np.minimum(running.min(axis=1), 0).astype(np.int16)
+    escaping = np.repeat(np.arange(2, dtype=np.uint8)[:, None], len(lengths), axis=1)
+    balance = np.zeros((2, len(lengths)), dtype=np.int16)
+    lowest = balance.copy()
+    for i in range(flat.shape[1]):
+        byte, inside = flat[:, i], i < lengths
+        change = (byte == ord("{")).astype(np.int16) - (byte == ord("}"))
+        balance += np.where(inside & (escaping == 0), change, 0).astype(np.int16)
+        lowest = np.minimum(lowest, balance)
+        escaping = np.where(inside, (escaping == 0) & (byte == ord("\\")), escaping).astype(np.uint8)
+    return escaping, balance, lowest
 
 
 def pad_pieces(pieces: list[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

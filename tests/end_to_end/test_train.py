@@ -94,15 +94,16 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     )
     assert set(promised.split()) <= found[0].keys()
     assert json.loads((whole / "status.json").read_text())["state"] == "done"
-    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
-    assert {path.name for path in (whole / "eval").iterdir()} == {"step_000000.json", "step_000004.json"}
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["best", "step_000002", "step_000004"]
+    evaluations = {"validation_000000.json", "validation_000004.json", "test_000000.json", "test_000004.json"}
+    assert {path.name for path in (whole / "eval").iterdir()} == evaluations
 
 
 def test_float32_engine_and_learner_agree(whole: Path) -> None:
     for row in rows(whole):
         assert row["learner/mismatch_s_p99"] < 0.05
         assert row["learner/residual_mean"] == pytest.approx(1.0, abs=5 * (2 / (576 * 12 * 12)) ** 0.5)
-    assert [event["version"] for event in events(whole, "push_verified")] == [0, 2, 4]
+    assert [event["version"] for event in events(whole, "push_verified")] == [0, 2, 4, 4]  # the last one before the test
     assert all(event["logprob_distance"] <= 1e-4 for event in events(whole, "push_verified"))
 
 
@@ -159,7 +160,7 @@ def test_learning_rate_zero_moves_nothing(runs: Path) -> None:
     small = [*SMALL, "learner.lr=0", "run.steps=20", "push.verify_every=1", "policy.max_cot_tokens=4"]
     softrl("train", "configs/demo.yaml", f"run.dir={runs}", "run.name=still", *small, "checkpoint.every=20")
     distances = [event["logprob_distance"] for event in events(runs / "still", "push_verified")]
-    assert len(distances) == 21
+    assert len(distances) == 22
     assert len(set(distances)) == 1  # 20 pushes later the engine holds the very weights it started with
     assert all(row["learner/mismatch_s_p99"] < 0.05 for row in rows(runs / "still"))
 

@@ -54,8 +54,8 @@ def toy_tables() -> TokenTables:
     flat, lengths = pad_pieces(PIECES)
     is_eos = torch.zeros(VOCABULARY, dtype=torch.bool)
     is_eos[EOS_IDS] = True
-    delta, lowest = (torch.from_numpy(table) for table in brace_tables(flat, lengths))
-    return TokenTables(torch.from_numpy(phrase_table(flat, lengths, PHRASE)), delta, lowest, is_eos)
+    braces = (torch.from_numpy(table) for table in brace_tables(flat, lengths))
+    return TokenTables(torch.from_numpy(phrase_table(flat, lengths, PHRASE)), *braces, is_eos)
 
 
 class Toy:
@@ -210,15 +210,13 @@ def decode_slowly(toy: Toy, story: Story) -> Told:
 
 
 def why_it_ends(answer: list[int], limit: int) -> int:
-    """The brace that the prefill opened is depth 1; a brace after a backslash in the same token is text."""
-    depth = 1
-    for token in answer:
-        piece = PIECES[token]
-        for i, byte in enumerate(piece):
-            escaped = i > 0 and piece[i - 1] == ord("\\")
-            depth += 0 if escaped else {ord("{"): 1, ord("}"): -1}.get(byte, 0)
-            if depth == 0:
-                return CLOSED
+    """The brace that the prefill opened is depth 1; a brace after a backslash that is not itself escaped is text."""
+    depth, escaped = 1, False
+    for byte in b"".join(PIECES[token] for token in answer):
+        depth += 0 if escaped else {ord("{"): 1, ord("}"): -1}.get(byte, 0)
+        escaped = byte == ord("\\") and not escaped
+        if depth == 0:
+            return CLOSED
     if answer[-1] in EOS_IDS:
         return EOS
     return LENGTH if len(answer) == limit else RUNNING

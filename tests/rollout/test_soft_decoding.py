@@ -264,6 +264,7 @@ def test_where_a_thought_ends(mode: Mode, limit: int, thoughts: list[str], kind:
         (6, ["y{", "}{", "}}"], CLOSED),
         (6, ["}{"], CLOSED),  # closed inside the token, though its sum is 0
         (6, ["\\{", "\\}", "{\\}", "}}"], CLOSED),  # printed braces do not count
+        (6, ["\\", "}", "1", "}"], CLOSED),  # nor do they cut from their backslash
         (3, ["1", "2", "}"], CLOSED),  # with the last token allowed
         (6, ["</s>"], EOS),
         (6, ["1", "{", "<end>"], EOS),

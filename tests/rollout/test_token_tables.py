@@ -84,14 +84,15 @@ def test_a_phrase_too_long_for_a_byte_is_refused(length: int) -> None:
 
 @given(st.lists(st.lists(st.sampled_from([b"{", b"}", b"\\", b"7"]), max_size=9).map(b"".join), min_size=1, max_size=20))
 def test_brace_tables_are_what_a_scan_finds(pieces: list[bytes]) -> None:
-    delta, lowest = brace_tables(*pad_pieces(pieces))
-    for i, piece in enumerate(pieces):
-        depth, deepest = 0, 0
-        for j, byte in enumerate(piece):
-            if not piece[:j].endswith(b"\\"):
-                depth += (byte == ord("{")) - (byte == ord("}"))
-            deepest = min(deepest, depth)
-        assert (delta[i], lowest[i]) == (depth, deepest)
+    escaping, delta, lowest = brace_tables(*pad_pieces(pieces))
+    for before in (0, 1):
+        for i, piece in enumerate(pieces):
+            depth, deepest, escaped = 0, 0, bool(before)
+            for byte in piece:
+                depth += 0 if escaped else (byte == ord("{")) - (byte == ord("}"))
+                deepest = min(deepest, depth)
+                escaped = byte == ord("\\") and not escaped
+            assert (escaping[before, i], delta[before, i], lowest[before, i]) == (escaped, depth, deepest)
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
@@ -202,8 +203,8 @@ def test_the_shapes_dtypes_and_eos_of_a_real_table(smollm2: Any, tables: TokenTa
     assert tables.brace_delta.dtype == tables.brace_lowest.dtype == torch.int16
     assert tables.is_eos.nonzero().flatten().tolist() == [0, 2]  # ids past the vocabulary are passed over
     opening, closing = smollm2.encode("{")[0], smollm2.encode("}")[0]
-    assert [tables.brace_delta[i].item() for i in (opening, closing)] == [1, -1]
-    assert [tables.brace_lowest[i].item() for i in (opening, closing)] == [0, -1]
+    assert [tables.brace_delta[0, i].item() for i in (opening, closing)] == [1, -1]
+    assert [tables.brace_lowest[0, i].item() for i in (opening, closing)] == [0, -1]
     unmoved = torch.arange(len(STOP_PHRASE) + 1, dtype=torch.uint8)[:, None].expand(-1, 64)
     assert torch.equal(tables.phrase_state[:, len(smollm2) :], unmoved)
     on_meta = tables.to(torch.device("meta"))
