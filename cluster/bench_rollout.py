@@ -10,12 +10,8 @@ hard is the median of the rounds' ratios: the two stand side by side in time, so
 
 import importlib.metadata
 import json
-import os
 import platform
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -27,11 +23,10 @@ import ray.exceptions
 from rich.console import Console
 
 from cluster.live import make_table
-from cluster.placement import ray_session
+from cluster.placement import QUIET, SHARED_CORES, actor_errors, cores, placed, ray_session
 from cluster.plain_loop import PlainLoopSpeed, time_plain_loop
 from configs.errors import RunError
 from configs.schema import TAU_OF_MODE, Config, Mode
-from rollout.engine import RolloutEngine, engine_environment
 from rollout.files import replace_file
 from rollout.models import load_tokenizer, resolve_model
 from rollout.prompt import PREFILL_AT_LIMIT, render
@@ -43,11 +38,10 @@ PROFILE_LINES = 30
 PLAIN_LOOP_TIMEOUT_S = 3600.0
 
 
-def bench_rollout(config: Config, *, sequences: int = 64, rounds: int = 3, profile: bool = False) -> dict[str, Any]:
+def bench_rollout(config: Config, *, sequences: int = 64, rounds: int = 3) -> dict[str, Any]:
     """Measure with the model, engine, prompts, lengths and policy of a recipe; `sequences` requests are decoded at once.
 
-    `profile` adds vLLM's torch profile of one soft and one hard batch, taken after the measurement. Raises RunError when the
-    engine or the loop fails.
+    Raises RunError when the engine or the loop fails.
     """
     config = _bench_config(config, sequences)
     model_dir = str(resolve_model(config.model.path))
@@ -56,10 +50,11 @@ def bench_rollout(config: Config, *, sequences: int = 64, rounds: int = 3, profi
     questions = [problems[(i // group) % len(problems)].question for i in range(sequences)]
     prompts = [tokenizer.encode(render(config.task.prompt, question)) for question in questions]
     with ray_session(config):
-        with _engine(config, model_dir, profile) as (engine, report):
+        with placed(config, model_dir, with_learner=False) as cluster, actor_errors("bench: the engine"):
+            engine = cluster.engines[0]
+            report = ray.get(engine.start.remote(), timeout=config.engine.start_timeout_s)
             sigma = config.policy.gamma * float(report["rms_embedding"])
             speeds, decoded = _alternate(engine, config, prompts, sigma, rounds)
-            profiles = _profiles(engine, config, prompts, sigma) if profile else {}
         prefill = tokenizer.encode(PREFILL_AT_LIMIT, add_special_tokens=False)
         # The loop decodes as many answer tokens as the engine's answers had on average; in truth it waits for the longest.
         answer = max(1, round(decoded["soft"] / sequences) - config.policy.max_cot_tokens - len(prefill))
@@ -86,7 +81,6 @@ def bench_rollout(config: Config, *, sequences: int = 64, rounds: int = 3, profi
             "answer": answer,
         },
         "policy": {"mode": str(_soft_mode(config)), "tau": _tau(config, _soft_mode(config)), "sigma": sigma},
-        **({"profile": profiles} if profile else {}),
     }
 
 
@@ -114,8 +108,6 @@ def print_bench(figures: dict[str, Any], console: Console | None = None) -> None
         f"soft over plain loop {figures['soft_over_plain_loop']:.2f}",
         highlight=False,
     )
-    for name, table in figures.get("profile", {}).items():
-        console.print(f"\n{name}\n{table}", highlight=False, markup=False, soft_wrap=True)
 
 
 def write_bench(path: Path, figures: dict[str, Any]) -> None:
@@ -124,54 +116,6 @@ def write_bench(path: Path, figures: dict[str, Any]) -> None:
 
 
 # The engine
-
-
-class ProfiledEngine(RolloutEngine):
-    """A RolloutEngine whose workers can be profiled."""
-
-    def _engine_args(self) -> Any:
-        from vllm.config import ProfilerConfig
-
-        self._traces = tempfile.TemporaryDirectory(prefix="softrl-profile-")
-        arguments = super()._engine_args()
-        arguments.profiler_config = ProfilerConfig(
-            profiler="torch", torch_profiler_dir=self._traces.name, torch_profiler_with_stack=False, ignore_frontend=True
-        )
-        return arguments
-
-    async def start_profile(self, name: str) -> None:
-        await self._llm.start_profile(name)
-
-    async def stop_profile(self, name: str) -> str:
-        """The first worker's table of operators, the most expensive first."""
-        await self._llm.stop_profile()
-        table = min(Path(self._traces.name).glob(f"{name}_*.profiler_out.txt")).read_text()
-        return "\n".join(table.splitlines()[:PROFILE_LINES])
-
-
-@contextmanager
-def _engine(config: Config, model_dir: str, profile: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A started engine actor and its report; gone, with all of its processes, at the end."""
-    gpus = config.engine.tensor_parallel if ray.cluster_resources().get("GPU", 0) > 0 else 0
-    options = {
-        "num_cpus": 1,
-        "num_gpus": gpus,
-        "runtime_env": {"env_vars": engine_environment(None if gpus else _cores(config))},
-    }
-    kind = ProfiledEngine if profile else RolloutEngine
-    engine = ray.remote(kind).options(**options).remote(config, model_dir, "bench")
-    try:
-        yield engine, ray.get(engine.start.remote(), timeout=config.engine.start_timeout_s)
-    except ray.exceptions.GetTimeoutError:
-        raise RunError(f"bench: the engine did not start within engine.start_timeout_s = {config.engine.start_timeout_s}") from None
-    finally:
-        _stop(engine)
-
-
-def _stop(engine: Any) -> None:
-    with suppress(ray.exceptions.RayError, AttributeError):  # it may never have started, or be dead
-        ray.get(engine.stop.remote(), timeout=30)
-    ray.kill(engine)
 
 
 def _alternate(
@@ -220,16 +164,6 @@ def _requests(
     ]
 
 
-def _profiles(engine: Any, config: Config, prompts: list[list[int]], sigma: float) -> dict[str, str]:
-    """vLLM's table of operators, by time, for a soft and a hard batch."""
-    tables = {}
-    for mode in (_soft_mode(config), Mode.hard):
-        ray.get(engine.start_profile.remote(str(mode)))
-        _batch(engine, _requests(config, mode, prompts, sigma, config.policy.max_cot_tokens, seed=0))
-        tables[str(mode)] = ray.get(engine.stop_profile.remote(str(mode)))
-    return tables
-
-
 # The plain loop
 
 
@@ -238,8 +172,12 @@ def _plain_loop(
 ) -> PlainLoopSpeed:
     """The baseline in a process of its own, with every core and GPU that the engine had."""
     gpus = min(1, ray.cluster_resources().get("GPU", 0))
-    threads = len(_cores(config))
-    options = {"num_gpus": gpus, "max_retries": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}}
+    threads = len(cores(config.engine.threads))
+    options = {
+        "num_gpus": gpus,
+        "max_retries": 0,
+        "runtime_env": {"env_vars": QUIET | SHARED_CORES | {"OMP_NUM_THREADS": str(threads)}},
+    }
     loop = ray.remote(time_plain_loop).options(**options)
     mode = _soft_mode(config)
     result = loop.remote(
@@ -280,11 +218,6 @@ def _soft_mode(config: Config) -> Mode:
 def _tau(config: Config, mode: Mode) -> float:
     own = config.policy.tau if config.policy.mode is mode else None
     return TAU_OF_MODE[mode] if own is None else own
-
-
-def _cores(config: Config) -> list[int]:
-    cores = sorted(os.sched_getaffinity(0))
-    return cores[: config.engine.threads or len(cores)]
 
 
 def _device(plain: PlainLoopSpeed) -> str:

@@ -16,6 +16,8 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
 app.add_typer(bench, name="bench")
 
+INTERRUPTED = 130  # Typer's exit code after Ctrl-C; ours are 0, 1 and 2
+
 ConfigPath = Annotated[Path, typer.Argument(help="a YAML recipe, e.g. configs/demo.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings, e.g. policy.mode=fuzzy")]
 
@@ -32,6 +34,8 @@ def train(
     from configs.load import dump_config, load_config
 
     resolved = load_config(config, overrides or [])
+    if replay is not None and (resume or dry_run):
+        raise InputError("--replay goes with neither --resume nor --dry-run; leave those out")
     if dry_run:
         from cluster.controller import prepare
 
@@ -106,10 +110,13 @@ def main() -> None:
     try:
         app()
     except (InputError, RunError) as error:
-        # An error raised in an actor arrives as both Ray's error and ours; the cause is the one that was raised.
-        cause = getattr(error, "cause", error)
-        console.print(f"softrl: {cause}", style="red", highlight=False, markup=False)
+        console.print(f"softrl: {error}", style="red", highlight=False, markup=False)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        console.print("softrl: interrupted", style="yellow")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

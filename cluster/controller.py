@@ -17,20 +17,18 @@ engines draw nothing between that and the push.
 
 import asyncio
 import json
-from collections.abc import Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from cluster.live import LiveView
-from cluster.placement import Cluster, placed, ray_session
+from cluster.placement import Cluster, actor_errors, placed, ray_session
 from cluster.rollouts import Rollouts, require_prompts_fit
 from cluster.run_dir import RunDir
 from cluster.step_metrics import StepMetrics
-from configs.errors import RunError
+from configs.errors import InputError, RunError
 from configs.load import config_hash
 from configs.schema import Config
 from learner import checkpoint
@@ -45,17 +43,17 @@ VERIFY_SEQUENCES = 4  # prompts whose log-probs prove a push
 
 def train(config: Config, resume: bool) -> None:
     """Run `softrl train`. Raises InputError before anything is written, RunError when the run fails; both leave it resumable."""
+    RunDir.check(config, resume)
     model_dir, problems, validation, test = prepare(config)
     with (
-        RunDir.create(config, resume) as run,
         ray_session(config),
         placed(config, model_dir) as cluster,
+        RunDir.create(config, resume) as run,
+        recorded_end(run),
         Scorer() as scorer,
         LiveView(config) as view,
     ):
-        training = Training(config, model_dir, problems, validation, test, cluster, scorer, run, view)
-        with recorded_end(run):
-            asyncio.run(training.run_all())
+        asyncio.run(Training(config, model_dir, problems, validation, test, cluster, scorer, run, view).run_all())
 
 
 def prepare(config: Config) -> tuple[str, list[Problem], list[Problem], list[Problem]]:
@@ -63,6 +61,7 @@ def prepare(config: Config) -> tuple[str, list[Problem], list[Problem], list[Pro
     model_dir = str(resolve_model(config.model.path))
     problems = load_task(config.task.train)
     validation, test = (load_task(task)[: config.eval.problems] for task in (config.task.validation, config.task.test))
+    batch_indices(len(problems), 0, config.rollout.prompts_per_step, config.run.seed)  # enough problems for a step?
     require_prompts_fit(config, load_tokenizer(model_dir), problems + validation + test)
     return model_dir, problems, validation, test
 
@@ -85,6 +84,8 @@ class Training:
         self.config, self.model_dir, self.problems = config, model_dir, problems
         self.validation, self.test = validation, test
         self.engines, self.learners, self.scorer, self.run, self.view = cluster.engines, cluster.learners, scorer, run, view
+        self.pushed = False
+        self.preemptions = 0  # of all engines since they started
         self.best: tuple[int, float] | None = None  # step and share right of the best validation, by the first eval setting
 
     async def run_all(self) -> None:
@@ -116,16 +117,15 @@ class Training:
             await self._from_learners("accumulate", accumulated)
             learned = (await self._from_learners("finish_step", self._send_all("finish_step")))[0]
         pushed = await self._push(step + 1)
-        stats = await self._from_engines("stats", [engine.stats.remote() for engine in self.engines])
-        return meter.finish(learned, pushed, stats)
+        return meter.finish(learned, pushed) | {"engine/preemptions": await self._new_preemptions()}
 
     async def _groups(self, step: int, meter: StepMetrics) -> Any:
         """The step's groups, with the time spent waiting for each on the meter."""
         chosen = batch_indices(len(self.problems), step, self.config.rollout.prompts_per_step, self.config.run.seed)
-        groups = self.rollouts.groups(step, [self.problems[i] for i in chosen])
+        groups = self._each("rollout", "the next group", self.rollouts.groups(step, [self.problems[i] for i in chosen]))
         while True:
             with meter.timed("time/wait_rollout"):
-                group = await self._wait("rollout", "the next group", self.config.engine.request_timeout_s, anext(groups, None))
+                group = await anext(groups, None)
             if group is None:
                 return
             meter.add_group(group)
@@ -135,8 +135,7 @@ class Training:
         """Push the weights; verify the first push and every `push.verify_every`-th."""
         reports = await self._from_learners("push", self._send_all("push", version))
         report = asdict(reports[0])
-        first = not hasattr(self, "_pushed")
-        self._pushed = True
+        first, self.pushed = not self.pushed, True
         if first or version % self.config.push.verify_every == 0:
             distance = (await self._from_learners("verify", self._send_all("verify", version)))[0]
             self.run.event("push_verified", version=version, logprob_distance=distance)
@@ -157,8 +156,7 @@ class Training:
         found = []
         for setting in self.config.eval.settings:
             requests = evaluation_requests(self.config, setting, problems, self.rollouts.prompt_ids, self.rollouts.sigma)
-            scored = accuracy(setting, self.rollouts.scored(requests, gold))
-            found.append(await self._wait(what, setting, self.config.engine.request_timeout_s, scored))
+            found.append(await accuracy(setting, self._each(what, setting, self.rollouts.scored(requests, gold))))
         self.run.write_json(f"eval/{what}_{step:06d}.json", [asdict(a) | {"share": a.share} for a in found])
         self.view.note(f"{what} at step {step}: " + ", ".join(f"{a.setting} {a.share:.1%}" for a in found))
         return found
@@ -176,10 +174,9 @@ class Training:
         config, timeout = self.config, self.config.engine.start_timeout_s
         self.view.note(f"starting {len(self.engines)} engine(s) and {len(self.learners)} learner rank(s) of {config.model.path}")
         starting = [engine.start.remote() for engine in self.engines]
-        host, port = await self._wait("start", "learner rank 0", timeout, self.learners[0].address.remote())
-        learning = self._send_all("start", host, port)
-        reports = await self._wait("start", "engines", timeout, _all(starting))
-        learners = await self._wait("start", "learner ranks", timeout, _all(learning))
+        host, port = (await self._wait("start", "learner rank 0", timeout, _all([self.learners[0].address.remote()])))[0]
+        started = asyncio.gather(_all(self._send_all("start", host, port)), _all(starting))  # whichever fails first is heard
+        learners, reports = await self._wait("start", "engines and learner ranks", timeout, started)
         self.run.event("started", engines=reports, learners=learners)
         sigma = config.policy.gamma * float(reports[0]["rms_embedding"])
         tokenizer = load_tokenizer(self.model_dir)
@@ -217,18 +214,22 @@ class Training:
     async def _from_learners(self, what: str, refs: list[Any]) -> list[Any]:
         return await self._wait(what, "learner ranks", self.config.learner.step_timeout_s, _all(refs))
 
-    async def _from_engines(self, what: str, refs: list[Any]) -> list[Any]:
-        return await self._wait(what, "engines", self.config.engine.request_timeout_s, _all(refs))
+    async def _new_preemptions(self) -> float:
+        """Requests that the engines preempted since the last call."""
+        refs = [engine.stats.remote() for engine in self.engines]
+        stats = await self._wait("stats", "engines", self.config.engine.request_timeout_s, _all(refs))
+        before, self.preemptions = self.preemptions, sum(s["preemptions"] for s in stats)
+        return float(self.preemptions - before)
+
+    async def _each(self, name: str, for_whom: str, items: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """The items, each waited for by name."""
+        while (item := await self._wait(name, for_whom, self.config.engine.request_timeout_s, anext(items, None))) is not None:
+            yield item
 
     async def _wait(self, name: str, for_whom: str, deadline_s: float, awaitable: Awaitable[Any]) -> Any:
-        """Every wait of the controller goes through here: it has a name and a deadline, and a lost actor becomes a RunError."""
-        with self.run.waiting(name, for_whom, deadline_s):
-            try:
-                return await asyncio.wait_for(awaitable, deadline_s)
-            except ray.exceptions.RayActorError as error:
-                raise RunError(
-                    f"{name}: {for_whom} died: {str(error).splitlines()[0]}; --resume from the last checkpoint"
-                ) from error
+        """Every wait of the controller goes through here: it has a name and a deadline, and ends in our own kind of error."""
+        with self.run.waiting(name, for_whom, deadline_s), actor_errors(f"{name}: {for_whom}"):
+            return await asyncio.wait_for(awaitable, deadline_s)
 
 
 async def _all(refs: list[Any]) -> list[Any]:
@@ -244,6 +245,10 @@ def recorded_end(run: RunDir) -> Iterator[None]:
         run.event("interrupted")
         run.status("interrupted")
         raise RunError(f"{run.folder}: interrupted; go on with --resume") from None
+    except InputError:
+        if run.resume_from is None:
+            run.discard()
+        raise
     except BaseException as error:
         run.event("failed", reason=str(error).splitlines()[0] if str(error) else type(error).__name__)
         run.status("failed")

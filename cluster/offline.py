@@ -8,11 +8,11 @@ import ray
 
 from cluster.controller import prepare, recorded_end
 from cluster.live import LiveView
-from cluster.placement import placed, ray_session
+from cluster.placement import actor_errors, placed, ray_session
 from cluster.rollouts import Rollouts
 from cluster.run_dir import RunDir
 from cluster.step_metrics import StepMetrics
-from configs.errors import InputError
+from configs.errors import InputError, RunError
 from configs.load import config_hash
 from configs.schema import Config
 from learner import checkpoint
@@ -26,8 +26,8 @@ from rollout.trajectory import Group
 def write(config: Config, out: Path) -> None:
     """`softrl rollout`: the groups of run.steps steps of the untrained model, one file a step."""
     model_dir, problems, _, _ = prepare(config)
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out}: not empty; give --out another folder, or remove it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists and is not an empty folder; give --out another folder, or remove it")
     with (
         ray_session(config),
         placed(config, model_dir, with_learner=False) as cluster,
@@ -55,10 +55,15 @@ def write(config: Config, out: Path) -> None:
                     config_hash=config_hash(config),
                     engine_dtype=config.engine.dtype,
                 )
-                view.step({"step": step + 1, **meter.finish({}, {}, [])})
+                view.step({"step": step + 1, **meter.finish({}, {})})
                 view.note(f"wrote {path}")
 
-        asyncio.run(asyncio.wait_for(draw(), config.engine.start_timeout_s + config.run.steps * config.engine.request_timeout_s))
+        deadline_s = config.engine.start_timeout_s + config.run.steps * config.engine.request_timeout_s
+        try:
+            with actor_errors("rollout: engines"):
+                asyncio.run(asyncio.wait_for(draw(), deadline_s))
+        except TimeoutError:
+            raise RunError(f"rollout: {config.run.steps} steps took over {deadline_s:g} s, all deadlines together") from None
 
 
 def replay(config: Config, folder: Path) -> None:
@@ -66,27 +71,31 @@ def replay(config: Config, folder: Path) -> None:
 
     Written rollouts come from the untrained model, so only the first step is on-policy: a tool for the learner, not for results.
     """
+    RunDir.check(config, resume=False)
     model_dir = str(resolve_model(config.model.path))
     files = [fitting(config, file) for file in list_rollouts(folder)[: config.run.steps]]
     with (
-        RunDir.create(config, resume=False) as run,
         ray_session(config),
         placed(config, model_dir, with_engines=False) as cluster,
-        LiveView(config) as view,
+        RunDir.create(config, resume=False) as run,
         recorded_end(run),
+        LiveView(config) as view,
     ):
         learners, deadline = cluster.learners, config.learner.step_timeout_s
 
         def on_all(method: str, *args: Any) -> list[Any]:
-            with run.waiting(method, "learner ranks", deadline):
+            with run.waiting(method, "learner ranks", deadline), actor_errors(f"{method}: learner ranks"):
                 return list(ray.get([getattr(rank, method).remote(*args) for rank in learners], timeout=deadline))
 
-        host, port = ray.get(learners[0].address.remote(), timeout=config.engine.start_timeout_s)
-        on_all("start", host, port)
+        on_all("start", *on_all("address")[0])
+        sigma = 0.0
         for step, file in enumerate(files):
-            view.step(run.metrics.write(step + 1, learn(on_all, step, read_groups(file))))
+            groups = read_groups(file)
+            sigma = groups[0].samples[0].trajectory.sigma
+            view.step(run.metrics.write(step + 1, learn(on_all, step, groups)))
         last = checkpoint.step_folder(run.folder, len(files))
-        on_all("save", str(last), {"step": len(files), "config_hash": config_hash(config)})
+        extra = {"step": len(files), "sigma": sigma, "best": None, "config_hash": config_hash(config)}
+        on_all("save", str(last), extra)
         view.note(f"checkpoint {last}")
 
 
@@ -98,6 +107,10 @@ def fitting(config: Config, file: RolloutFile) -> RolloutFile:
     ):
         if theirs != ours:
             raise InputError(f"{file.path}: drawn with {key} = {theirs}, the config says {ours}; set {key}={theirs}")
+    if len(file.sizes) != config.rollout.prompts_per_step:
+        raise InputError(
+            f"{file.path}: holds {len(file.sizes)} groups, rollout.prompts_per_step is {config.rollout.prompts_per_step}"
+        )
     return file
 
 
@@ -110,4 +123,4 @@ def learn(on_all: Any, step: int, groups: list[Group]) -> dict[str, float]:
         on_all("accumulate", group)
     with meter.timed("time/wait_learner"):
         learned = on_all("finish_step")[0]
-    return meter.finish(learned, {}, [])
+    return meter.finish(learned, {})

@@ -50,7 +50,9 @@ def ray_session(config: Config) -> Iterator[None]:
     own = not ray.is_initialized()
     if own:
         joins = "RAY_ADDRESS" in os.environ
-        local = {} if joins else {"num_cpus": max(os.cpu_count() or 1, _actors(config)), "include_dashboard": False}
+        local = (
+            {} if joins else {"address": "local", "num_cpus": max(os.cpu_count() or 1, _actors(config)), "include_dashboard": False}
+        )
         ray.init(log_to_driver=True, logging_level="ERROR", configure_logging=True, **local)
     try:
         yield
@@ -72,8 +74,8 @@ def placed(config: Config, model_dir: str, *, with_learner: bool = True, with_en
     actors: list[Any] = []
     try:
         for i in range(engines):
-            cores = None if gpus else _cores(config.engine.threads)
-            options = _options(group, i, per_engine if gpus else 0, engine_environment(cores))
+            bound = None if gpus else cores(config.engine.threads)
+            options = _options(group, i, per_engine if gpus else 0, engine_environment(bound))
             actors.append(ray.remote(RolloutEngine).options(**options).remote(config, model_dir, f"engine-{i}"))
         for rank in range(ranks):
             environment = {} if gpus else {"OMP_NUM_THREADS": str(config.learner.threads or _cores_each(ranks))}
@@ -85,6 +87,24 @@ def placed(config: Config, model_dir: str, *, with_learner: bool = True, with_en
         for actor in actors:
             ray.kill(actor)
         remove_placement_group(group)
+
+
+@contextmanager
+def actor_errors(waiting_for: str) -> Iterator[None]:
+    """Turn what Ray raises for an actor into the error that the actor raised, or into a RunError of one line."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, InputError | RunError):
+            raise cause from error
+        raise RunError(f"{waiting_for}: {type(cause).__name__}: {first_line(cause)}") from error
+    except ray.exceptions.RayActorError as error:
+        raise RunError(f"{waiting_for}: an actor died: {first_line(error)}; --resume goes on from the last checkpoint") from error
+
+
+def first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
@@ -131,7 +151,7 @@ def _cores_each(parts: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(1, parts))
 
 
-def _cores(threads: int | None) -> list[int]:
+def cores(threads: int | None) -> list[int]:
     """The cores of one CPU engine: all of them, or the first `threads`."""
-    cores = sorted(os.sched_getaffinity(0))
-    return cores[: threads or len(cores)]
+    mine = sorted(os.sched_getaffinity(0))
+    return mine[: threads or len(mine)]

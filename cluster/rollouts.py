@@ -1,7 +1,6 @@
 """From problems to scored groups: seeds, requests over all engines, scoring as samples finish, groups in data order."""
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from configs.schema import Config, Mode, Record
 from rollout.prompt import PREFILL_AFTER_PHRASE, PREFILL_AT_LIMIT, render
 from rollout.reward import Scorer, to_the_closing_brace
 from rollout.tasks import Problem
-from rollout.trajectory import STOP_ANSWER_CLOSED, Group, Sample, SampleRequest, Trajectory
+from rollout.trajectory import STOP_ANSWER_CLOSED, Group, Sample, SampleRequest, Trajectory, sample_seed
 
 
 class Rollouts:
@@ -96,12 +95,6 @@ def require_prompts_fit(config: Config, tokenizer: Any, problems: list[Problem])
             f"task: the prompt of problem {problems[longest].index} has {lengths[longest]} tokens and needs {needed} with CoT "
             f"and answer, engine.max_model_len is {config.engine.max_model_len}; raise it, or filter the data"
         )
-
-
-def sample_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:
-    """The 63-bit noise seed of one sample, a hash of where it stands in the run: the same run draws the same noise."""
-    digest = hashlib.blake2b(f"{run_seed}/{step}/{prompt}/{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def answer_text(tokenizer: Any, trajectory: Trajectory) -> str:

@@ -14,6 +14,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Iterator, Mapping
@@ -57,19 +58,15 @@ class RunDir:
 
     @classmethod
     def create(cls, config: Config, resume: bool) -> Self:
-        """Make the folder `run.dir/run.name`, or open it to resume from its newest checkpoint.
+        """Make the folder `run.dir/run.name`, or open it to resume from its newest checkpoint, from the start if it has none.
 
-        Raises InputError when a new run's folder exists already; when there is no folder or no checkpoint to resume, or a key
-        that decides what is learned has changed; when another process writes to the folder. RunError when it cannot be written.
+        Raises InputError as `check` does, and when another process writes to the folder; RunError when it cannot be written.
         """
-        folder = Path(config.run.dir) / config.run.name
-        changed: dict[str, Any] = {}
-        checkpoint = None
-        if resume:
-            checkpoint = _checkpoint_to_resume(folder)
-            changed = _check_unchanged(folder / CONFIG, config)
-        else:
-            _make_new(folder)
+        folder, checkpoint, changed = cls.check(config, resume)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
         events = JsonLines(folder / EVENTS)
         events.lock()
         moved = _supersede(folder, _steps_done(checkpoint))
@@ -78,6 +75,24 @@ class RunDir:
         run.event("resume" if resume else "start", step=run.step, changed=changed, superseded_rows=moved)
         run.status("starting")
         return run
+
+    @staticmethod
+    def check(config: Config, resume: bool) -> tuple[Path, Path | None, dict[str, Any]]:
+        """The run's folder, the checkpoint to go on from, and the free keys that changed; writes nothing.
+
+        Raises InputError when a new run's folder exists already; when there is no folder to resume, or a key that decides what is
+        learned has changed.
+        """
+        # Absolute, because actors on a cluster write checkpoints from working directories of their own.
+        folder = (Path(config.run.dir).expanduser() / config.run.name).resolve()
+        if not resume:
+            _require_new(folder)
+            return folder, None, {}
+        return folder, _checkpoint_to_resume(folder), _check_unchanged(folder / CONFIG, config)
+
+    def discard(self) -> None:
+        """Remove the folder of a new run that turned out to be bad input, so that the corrected command can use its name."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -213,32 +228,19 @@ def _steps_done(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step_"))
 
 
-def _make_new(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        if not folder.is_dir():
-            raise InputError(f"{folder}: a file stands where the run's folder should be; set another run.name") from None
-        if not any(folder.iterdir()):
-            return
-        if latest(folder) is None:
-            ways = "it has no checkpoint that --resume could go on from: remove it, or set another run.name"
-        else:
-            ways = "go on with it by --resume, or set another run.name"
-        raise InputError(f"{folder}: this run folder exists already; {ways}") from None
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+def _require_new(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: a file stands where the run's folder should be; set another run.name")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder}: this run folder exists already; go on with it by --resume, or set another run.name")
 
 
-def _checkpoint_to_resume(folder: Path) -> Path:
-    if not folder.is_dir():
+def _checkpoint_to_resume(folder: Path) -> Path | None:
+    if not (folder / CONFIG).is_file():
         others = sorted(path.name for path in folder.parent.glob("*") if (path / CONFIG).is_file())
         there = f"runs there: {', '.join(others)}" if others else f"no runs in {folder.parent}"
         raise InputError(f"{folder}: no such run to resume; {there}; start it without --resume")
-    checkpoint = latest(folder)
-    if checkpoint is None:
-        raise InputError(f"{folder}: no checkpoint to resume from; remove the folder and start without --resume")
-    return checkpoint
+    return latest(folder)
 
 
 def _check_unchanged(path: Path, config: Config) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class StepMetrics:
         self._groups.append(group)
         self._rollout_s = time.perf_counter() - self._begun  # until the last group came
 
-    def finish(self, learned: dict[str, float], pushed: dict[str, float], engines: list[dict[str, int]]) -> dict[str, float]:
+    def finish(self, learned: dict[str, float], pushed: dict[str, float]) -> dict[str, float]:
         """All keys of the step (design: metric keys); a quantity that the mode does not have is left out."""
         samples = [sample for group in self._groups for sample in group.samples]
         trajectories = [sample.trajectory for sample in samples]
@@ -51,7 +51,6 @@ class StepMetrics:
             "time/step": time.perf_counter() - self._begun,
             "queue/depth": 0.0,  # strictly on-policy: nothing waits beyond the batch itself
             "queue/staleness_mean": 0.0,
-            "engine/preemptions": float(sum(e["preemptions"] for e in engines)),
         }
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, TrainerWeightTransferEngine, WeightSource
 
-from configs.errors import InputError, RunError
+from configs.errors import RunError
 from configs.schema import Dtype, PushBackend
 from learner.network import free_port
 from rollout.checksums import tensor_checksum
@@ -85,8 +85,9 @@ class EngineClient:
             return ray.get(refs, timeout=self.timeout_s)
         except ray.exceptions.GetTimeoutError:
             raise RunError(f"push: {method} on {len(refs)} engines took over push.timeout_s = {self.timeout_s}") from None
-        except ray.exceptions.RayTaskError as error:
-            raise RunError(f"push: {method} failed on an engine: {str(error.cause).splitlines()[0]}") from error
+        except ray.exceptions.RayError as error:
+            reason = str(getattr(error, "cause", error)).strip() or type(error).__name__
+            raise RunError(f"push: {method} failed on an engine: {reason.splitlines()[0]}") from error
 
 
 class LearnerSource(WeightSource):
@@ -125,9 +126,11 @@ class SharedMemoryTrainer(TrainerWeightTransferEngine[SharedMemoryTrainerInfo]):
     def send_weights(self) -> None:
         """Raises RunError when shared memory is full or an engine refuses; a refused push leaves the old weights in place."""
         assert self.source is not None
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.source}
         if not self.is_sender:
+            for _ in self.source:  # joins the gathers, keeps nothing
+                pass
             return
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.source}
         try:
             save_file(tensors, self.path)
         except (OSError, SafetensorError) as error:
@@ -196,15 +199,13 @@ class Pusher:
 def _trainer(backend: PushBackend, rank: int, client: EngineClient, source: LearnerSource) -> Any:
     if backend is PushBackend.shm:
         return SharedMemoryTrainer.trainer_init(SharedMemoryTrainerInfo(rank=rank), client=client, source=source)
-    if backend is PushBackend.nccl:
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
-        world_size = 1 + len(client.engines) * client.workers_per_engine
-        info = NCCLTrainerInitInfo(
-            rank=rank, master_address=ray.util.get_node_ip_address(), master_port=free_port(), world_size=world_size
-        )
-        return NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
-    raise InputError(f"push.backend: {backend} is not supported yet, expected auto, shm or nccl")
+    world_size = 1 + len(client.engines) * client.workers_per_engine
+    info = NCCLTrainerInitInfo(
+        rank=rank, master_address=ray.util.get_node_ip_address(), master_port=free_port(), world_size=world_size
+    )
+    return NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
 
 
 def _manifest(metas: list[ParamMeta]) -> SharedMemoryInitInfo:

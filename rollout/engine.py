@@ -10,6 +10,7 @@ the records, which are fetched in batches as requests finish.
 import asyncio
 import itertools
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -37,6 +38,10 @@ class RolloutEngine:
         self._record_ids = itertools.count()
         self._finished: asyncio.Queue[tuple[str, asyncio.Future[SlotRecord]]] = asyncio.Queue()
         self._in_flight = 0
+        self._last_finished = 0.0
+        self._submitting = asyncio.Lock()
+        self._llm: Any = None
+        self._collector: asyncio.Task[None] | None = None
         self._preemptions = 0
 
     async def start(self) -> dict[str, Any]:
@@ -79,21 +84,24 @@ class RolloutEngine:
         """
         for request in requests:
             self._require_fits(request)
-        idle = self._in_flight == 0
-        if idle:
-            await self._llm.pause_generation(mode="keep", clear_cache=True)
+        tasks: list[asyncio.Task[Trajectory]] = []
         try:
-            submitted = [(request, *await self._submit(request)) for request in requests]
-        finally:
-            if idle:
-                await self._llm.resume_generation()
-        tasks = [asyncio.create_task(self._finish(*one)) for one in submitted]
-        try:
+            async with self._submitting:
+                idle = self._in_flight == 0
+                if idle:
+                    await self._llm.pause_generation(mode="keep", clear_cache=True)
+                try:
+                    for request in requests:
+                        tasks.append(asyncio.create_task(self._finish(request, *await self._submit(request))))
+                finally:
+                    if idle:
+                        await self._llm.resume_generation()
             for finished in asyncio.as_completed(tasks):
                 yield await finished
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # each aborts its own request
 
     async def _submit(self, request: SampleRequest) -> tuple[str, Any, int]:
         """Queue one request; returns its record id, vLLM's collector of its outputs, and the weight version that begins it."""
@@ -112,24 +120,20 @@ class RolloutEngine:
             extra_args=request_options(request, record_id),
         )
         prompt = TokensPrompt(prompt_token_ids=request.prompt_ids.tolist())
+        collector = await self._llm.add_request(f"softrl-{record_id}", prompt, params)
         self._in_flight += 1
-        return record_id, await self._llm.add_request(f"softrl-{record_id}", prompt, params), self.weight_version
+        return record_id, collector, self.weight_version
 
     async def _finish(self, request: SampleRequest, record_id: str, collector: Any, first_version: int) -> Trajectory:
         """Wait for vLLM to finish a request and fetch its record."""
         label = f"{self.name}: prompt {request.prompt_index}, sample {request.sample_index}"
         finished = False
         try:
-            async with asyncio.timeout(self.config.engine.request_timeout_s):
-                output = await collector.get()
-                finished = True
-                if output.outputs[0].finish_reason != "stop":
-                    raise RunError(f"{label}: vLLM ended it with {output.outputs[0].finish_reason!r}, expected 'stop'")
-                record = await self._take(record_id)
-        except TimeoutError:
-            raise RunError(
-                f"{label}: not finished within engine.request_timeout_s = {self.config.engine.request_timeout_s}"
-            ) from None
+            output = await self._output(collector, label)
+            finished = True
+            if output.outputs[0].finish_reason != "stop":
+                raise RunError(f"{label}: vLLM ended it with {output.outputs[0].finish_reason!r}, expected 'stop'")
+            record = await self._take(record_id)
         finally:
             self._in_flight -= 1
             if not finished:
@@ -141,6 +145,19 @@ class RolloutEngine:
                 f"{len(record.answer_ids)}, weight version {self.weight_version}; lower learner.lr"
             )
         return self._trajectory(request, record, first_version)
+
+    async def _output(self, collector: Any, label: str) -> Any:
+        """What vLLM says when the request is finished. Raises RunError when no request at all finishes for a whole deadline."""
+        deadline_s = self.config.engine.request_timeout_s
+        while True:
+            try:
+                async with asyncio.timeout(deadline_s):
+                    output = await collector.get()
+                self._last_finished = time.monotonic()
+                return output
+            except TimeoutError:
+                if time.monotonic() - self._last_finished > deadline_s:
+                    raise RunError(f"{label}: nothing finished within engine.request_timeout_s = {deadline_s:g}") from None
 
     def _most_generated(self, request: SampleRequest) -> int:
         return request.max_cot_tokens + max(map(len, self._prefills)) + request.max_answer_tokens
@@ -252,12 +269,11 @@ class RolloutEngine:
         reports = await self._llm.collective_rpc("softrl_stats")
         return {"preemptions": self._preemptions, "in_flight": self._in_flight, **json.loads(reports[0])}
 
-    async def check_health(self) -> None:
-        await self._llm.check_health()
-
     async def stop(self) -> None:
-        self._collector.cancel()
-        self._llm.shutdown()
+        if self._collector is not None:
+            self._collector.cancel()
+        if self._llm is not None:
+            self._llm.shutdown()
 
     def _engine_args(self) -> Any:
         import torch
@@ -284,7 +300,7 @@ class RolloutEngine:
             worker_extension_cls="rollout.worker_extension.SoftWorkerExtension",
             weight_transfer_config=WeightTransferConfig(backend=SHM_BACKEND if backend is PushBackend.shm else str(backend)),
             generation_config="vllm",  # a checkpoint's own sampling defaults must not leak in
-            seed=self.config.run.seed,
+            seed=self.config.run.seed % 2**32,  # numpy takes no more
             use_tqdm_on_load=False,
         )
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from configs.schema import EVAL_SETTINGS, Config
 from rollout.tasks import Problem
-from rollout.trajectory import Sample, SampleRequest
+from rollout.trajectory import Sample, SampleRequest, sample_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def evaluation_requests(
             mode=mode,
             tau=tau,
             sigma=sigma if noisy else 0.0,
-            seed=(config.run.seed << 32) + (problem.index << 8) + sample,
+            seed=sample_seed(config.run.seed, "evaluation", problem.index, sample),
             max_cot_tokens=config.policy.max_cot_tokens,
             max_answer_tokens=config.policy.max_answer_tokens,
             answer_temperature=0.0,

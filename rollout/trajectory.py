@@ -4,6 +4,7 @@ Noise never travels. A soft step keeps the support of its mixture (ids and renor
 trajectory's seed; `kernels.soft_embedding.rebuild` returns the very bits that the engine fed back into the model.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,12 @@ class SampleRequest:
     max_answer_tokens: int
     answer_temperature: float  # 0 is greedy
     record_full: bool = False  # also return the soft embeddings
+
+
+def sample_seed(*place: object) -> int:
+    """The 63-bit noise seed of one sample, a hash of where it stands: (run seed, step, prompt, sample). A run can be replayed."""
+    digest = hashlib.blake2b("/".join(map(str, place)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

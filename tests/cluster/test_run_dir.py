@@ -71,13 +71,14 @@ def test_an_existing_folder_is_refused_with_the_two_ways_out(recipe: Path) -> No
     assert len(read_lines(run.folder / "metrics.jsonl")) == 1
 
 
-def test_without_a_checkpoint_the_folder_says_that_resume_is_no_way_out(recipe: Path) -> None:
+def test_without_a_checkpoint_a_run_is_resumed_from_its_start(recipe: Path) -> None:
     config = load_config(recipe)
-    RunDir.create(config, resume=False).__exit__()
-    with pytest.raises(InputError, match=r"no checkpoint that --resume could go on from: remove it, or set another run.name"):
-        RunDir.create(config, resume=False)
-    with pytest.raises(InputError, match=r"runs/first: no checkpoint to resume from"):
-        RunDir.create(config, resume=True)
+    with RunDir.create(config, resume=False) as run:
+        run.metrics.write(1, {"reward/mean": 1.0})
+    with RunDir.create(config, resume=True) as run:
+        assert run.step == 0 and run.resume_from is None
+    assert not (run.folder / "metrics.jsonl").read_text()
+    assert len((run.folder / "metrics.superseded.jsonl").read_text().splitlines()) == 1
 
 
 def test_an_empty_folder_is_as_good_as_none_and_a_file_is_not(recipe: Path, tmp_path: Path) -> None:

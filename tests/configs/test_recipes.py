@@ -48,9 +48,5 @@ def test_the_papers_45_runs_have_45_folders() -> None:
     assert len(runs) == 45
 
 
-def test_the_demo_prompt_is_one_line_with_two_examples() -> None:
-    prompt = load_config(FOLDER / "demo.yaml").task.prompt
-    assert prompt == (
-        r"User: What is 12 + 5? Assistant: 12 + 5 = 17. The final answer is: \boxed{17}. "
-        r"User: What is 31 + 8? Assistant: 31 + 8 = 39. The final answer is: \boxed{39}. User: {question} Assistant:"
-    )
+def test_the_demo_uses_the_papers_prompt() -> None:
+    assert load_config(FOLDER / "demo.yaml").task.prompt == "paper"

@@ -47,7 +47,8 @@ def test_nothing_is_negative(tmp_path: Path, key: str) -> None:
         (["learner.micro_batch_tokens=100"], ["learner.micro_batch_tokens = 100", "one sample has to fit"]),
         (["learner.ranks=65"], ["learner.ranks = 65", "at most 64"]),
         (["engine.count=65"], ["engine.count = 65", "at most 64"]),
-        (["push.backend=ipc", "engine.count=2"], ["push.backend = ipc", "nccl or auto", "2 GPUs"]),
+        (["push.backend=ipc"], ["push.backend = ipc", "auto, shm or nccl"]),
+        (["engine.tensor_parallel=2"], ["engine.tensor_parallel = 2", "not built yet"]),
         (["eval.settings=[hard_gredy]"], ["eval.settings", "found hard_gredy", "did you mean hard_greedy?"]),
         (["eval.settings=[]"], ["eval.settings = []", "at least one name"]),
         (["eval.settings=[hard_greedy, hard_greedy]"], ["none twice"]),
@@ -83,7 +84,7 @@ def test_a_task_must_be_a_name_or_a_mapping(tmp_path: Path) -> None:
         ["eval.every=0"],
         ["policy.mode=hard", "policy.gamma=0"],
         ["policy.mode=fuzzy", "policy.tau=0.1"],
-        ["push.backend=ipc"],
+        ["push.backend=shm"],
         [f"eval.settings=[{', '.join(EVAL_SETTINGS)}]"],
     ],
 )
