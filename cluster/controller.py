@@ -145,7 +145,7 @@ class Training:
     async def _validate(self, step: int) -> dict[str, float]:
         """Accuracy on the validation problems; the best weights so far are kept as a checkpoint of their own."""
         found = await self._evaluate("validation", step, self.validation)
-        if step > 0 and (self.best is None or found[0].share > self.best[1]):
+        if step > 0 and (self.best is None or found[0].share >= self.best[1]):
             self.best = (step, found[0].share)
             await self._save(self.run.checkpoints / BEST, step)
         return {f"eval/{a.setting}": a.share for a in found}

@@ -97,9 +97,9 @@ def test_full_record_is_what_the_compact_one_rebuilds(rig: Rig) -> None:
     trajectory = rig.draw([replace(requests(rig, samples=1, prompts=1)[0], record_full=True)])[0]
     steps = trajectory.cot_length
     rows = rebuild(
-        torch.from_numpy(trajectory.support_ids),
-        torch.from_numpy(trajectory.support_probs),
-        torch.from_numpy(trajectory.support_offsets),
+        torch.tensor(trajectory.support_ids),
+        torch.tensor(trajectory.support_probs),
+        torch.tensor(trajectory.support_offsets),
         weights["model.embed_tokens.weight"],
         torch.full((steps,), trajectory.sigma),
         torch.full((steps,), trajectory.noise_seed),

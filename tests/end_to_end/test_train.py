@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rollout.models import resolve_model
 
 ROOT = Path(__file__).parents[2]
 SOFTRL = str(Path(sys.executable).with_name("softrl"))
@@ -134,16 +135,18 @@ def test_run_that_exists_is_not_overwritten(whole: Path) -> None:
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
-def test_exported_checkpoint_is_an_ordinary_model(whole: Path, tmp_path: Path) -> None:
-    out = tmp_path / "model"
-    softrl("export", str(whole / "checkpoints" / "step_000004"), str(out))
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), AutoTokenizer.from_pretrained(out)
+def test_exported_checkpoint_is_an_ordinary_model_that_has_learned(whole: Path, tmp_path: Path) -> None:
+    """That its logits are the learner's, bit for bit, is shown in tests/learner."""
+    softrl("export", str(whole / "checkpoints" / "step_000004"), str(tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     ids = tokenizer("User: What is 12 + 5? Assistant: 12 + 5 =", return_tensors="pt").input_ids
     with torch.no_grad():
-        logits = model(ids).logits
-    assert torch.isfinite(logits).all()
-    base = AutoModelForCausalLM.from_pretrained(json.loads((out / "config.json").read_text()).get("_name_or_path") or out)
-    assert model.get_input_embeddings().weight.shape == base.get_input_embeddings().weight.shape
+        trained, base = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+            for folder in (tmp_path / "model", resolve_model("smollm2-135m"))
+        )
+    assert torch.isfinite(trained).all()
+    assert 1e-4 < (trained - base).abs().max() < 5
 
 
 def test_rollouts_can_be_written_and_learned_from_alone(runs: Path, whole: Path, tmp_path: Path) -> None:
@@ -186,8 +189,3 @@ def test_dry_run_starts_nothing(runs: Path) -> None:
     shown = softrl("train", "configs/demo.yaml", f"run.dir={runs}", "run.name=dry", "--dry-run")
     assert "nothing was started" in shown.stdout and "mode: soft" in shown.stdout
     assert not (runs / "dry").exists()
-
-
-def test_trained_weights_are_not_the_base_weights(whole: Path) -> None:
-    losses = np.array([row["learner/loss"] for row in rows(whole)])
-    assert np.isfinite(losses).all() and (losses != 0).any()
