@@ -34,7 +34,7 @@ SMALL = [
     "eval.problems=12",
     "eval.settings=[hard_greedy]",
 ]
-DEADLINE_S = 280
+DEADLINE_S = 600
 REPLAYED = ("reward/mean", "reward/correct", "rollout/tokens", "learner/loss", "learner/grad_norm", "learner/residual_mean")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
