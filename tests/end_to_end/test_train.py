@@ -164,7 +164,7 @@ def test_learning_rate_zero_moves_nothing(runs: Path) -> None:
     softrl("train", "configs/demo.yaml", f"run.dir={runs}", "run.name=still", *small, "checkpoint.every=20")
     distances = [event["logprob_distance"] for event in events(runs / "still", "push_verified")]
     assert len(distances) == 22
-    assert len(set(distances)) == 1  # 20 pushes later the engine holds the very weights it started with
+    assert max(distances) - min(distances) < 5e-5  # 20 pushes later the engine holds the weights it started with
     assert all(row["learner/mismatch_s_p99"] < 0.05 for row in rows(runs / "still"))
 
 

@@ -126,7 +126,7 @@ def test_many_at_once_from_asyncio_keep_their_order(scorer: Scorer) -> None:
     assert [i for i, verdict in enumerate(asyncio.run(score_all())) if verdict.correct] == [4]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not on this machine")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not at hand")
 def test_gsm8k_gold_answers_score_and_their_neighbours_do_not(scorer: Scorer) -> None:
     gold = [p.answer for p in load_task({"path": str(SHARED / "gsm8k/test.jsonl"), "question": "question", "answer": "answer"})]
     assert set(scorer.score_many((g, g + "}", True) for g in gold)) == {RIGHT}

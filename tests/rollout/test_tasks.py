@@ -220,7 +220,7 @@ def test_an_unreachable_hub_is_one_clear_line(tmp_path: Path, monkeypatch: pytes
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not on this machine")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not at hand")
 @pytest.mark.parametrize(
     ("file", "question", "answer", "count"),
     [
@@ -237,14 +237,14 @@ def test_the_real_data_sets_load_with_their_official_counts(file: str, question:
         assert all(problem.answer.lstrip("-").replace(".", "").isdigit() for problem in problems)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not on this machine")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not at hand")
 def test_the_box_of_every_math_solution_is_its_answer() -> None:
     path = str(SHARED / "math500/test.jsonl")
     answers, boxes = (load_task({"path": path, "question": "problem", "answer": field}) for field in ("answer", "solution"))
     assert sum(a.answer.replace(" ", "") == b.answer.replace(" ", "") for a, b in zip(answers, boxes, strict=True)) >= 498
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not on this machine")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not at hand")
 def test_gsm8k_holds_out_512() -> None:
     path = str(SHARED / "gsm8k/train.jsonl")
     assert [len(load_task(fields(path, split=split))) for split in ("validation", "train")] == [512, 7473 - 512]
