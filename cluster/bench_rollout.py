@@ -23,7 +23,8 @@ import ray.exceptions
 from rich.console import Console
 
 from cluster.live import make_table
-from cluster.placement import QUIET, SHARED_CORES, actor_errors, cores, placed, ray_session
+from cluster.placement import QUIET, SHARED_CORES, cores, placed, ray_session
+from cluster.waits import actor_errors
 from cluster.plain_loop import PlainLoopSpeed, time_plain_loop
 from configs.errors import RunError
 from configs.schema import TAU_OF_MODE, Config, Mode

@@ -17,17 +17,19 @@ engines draw nothing between that and the push.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cluster.learners import Learners
 from cluster.live import LiveView
-from cluster.placement import Cluster, actor_errors, placed, ray_session
+from cluster.placement import Cluster, placed, ray_session
 from cluster.rollouts import Rollouts, require_prompts_fit
 from cluster.run_dir import RunDir
 from cluster.step_metrics import StepMetrics
+from cluster.waits import each, wait_all
 from configs.errors import InputError, RunError
 from configs.load import config_hash
 from configs.schema import Config
@@ -36,6 +38,7 @@ from rollout.evaluation import Accuracy, accuracy, evaluation_requests
 from rollout.models import load_tokenizer, resolve_model
 from rollout.reward import Scorer
 from rollout.tasks import Problem, batch_indices, load_task
+from rollout.trajectory import Group
 
 BEST = "best"  # the checkpoint with the best validation, beside the numbered ones
 VERIFY_SEQUENCES = 4  # prompts whose log-probs prove a push
@@ -83,7 +86,8 @@ class Training:
     ) -> None:
         self.config, self.model_dir, self.problems = config, model_dir, problems
         self.validation, self.test = validation, test
-        self.engines, self.learners, self.scorer, self.run, self.view = cluster.engines, cluster.learners, scorer, run, view
+        self.learners = Learners(cluster.learners, run.waiting, config.learner.step_timeout_s)
+        self.engines, self.scorer, self.run, self.view = cluster.engines, scorer, run, view
         self.pushed = False
         self.preemptions = 0  # of all engines since they started
         self.best: tuple[int, float] | None = None  # step and share right of the best validation, by the first eval setting
@@ -109,35 +113,27 @@ class Training:
     async def _step(self, step: int) -> dict[str, float]:
         """Rollouts -> learning -> push. Returns the step's metrics; weights are at version step + 1."""
         meter = StepMetrics()
-        self._send_all("begin_step", step)
-        accumulated: list[Any] = []
-        async for group in self._groups(step, meter):
-            accumulated += self._send_all("accumulate", group)
-        with meter.timed("time/wait_learner"):
-            await self._from_learners("accumulate", accumulated)
-            learned = (await self._from_learners("finish_step", self._send_all("finish_step")))[0]
+        learned = await self.learners.learn(step, self._groups(step, meter), meter)
         pushed = await self._push(step + 1)
         return meter.finish(learned, pushed) | {"engine/preemptions": await self._new_preemptions()}
 
-    async def _groups(self, step: int, meter: StepMetrics) -> Any:
+    async def _groups(self, step: int, meter: StepMetrics) -> AsyncIterator[Group]:
         """The step's groups, with the time spent waiting for each on the meter."""
-        chosen = batch_indices(len(self.problems), step, self.config.rollout.prompts_per_step, self.config.run.seed)
-        groups = self._each("rollout", "the next group", self.rollouts.groups(step, [self.problems[i] for i in chosen]))
+        groups = self._each("rollout", "the next group", self.rollouts.groups(step))
         while True:
             with meter.timed("time/wait_rollout"):
                 group = await anext(groups, None)
             if group is None:
                 return
-            meter.add_group(group)
             yield group
 
     async def _push(self, version: int) -> dict[str, float]:
         """Push the weights; verify the first push and every `push.verify_every`-th."""
-        reports = await self._from_learners("push", self._send_all("push", version))
+        reports = await self.learners.call("push", version)
         report = asdict(reports[0])
         first, self.pushed = not self.pushed, True
         if first or version % self.config.push.verify_every == 0:
-            distance = (await self._from_learners("verify", self._send_all("verify", version)))[0]
+            distance = (await self.learners.call("verify", version))[0]
             self.run.event("push_verified", version=version, logprob_distance=distance)
         self.run.event("push", version=version, **report)
         return {f"push/{name}": float(value) for name, value in report.items()}
@@ -163,7 +159,7 @@ class Training:
 
     async def _save(self, folder: Path, step: int) -> None:
         extra = {"step": step, "sigma": self.rollouts.sigma, "best": self.best, "config_hash": config_hash(self.config)}
-        await self._from_learners("checkpoint", self._send_all("save", str(folder), extra))
+        await self.learners.call("save", str(folder), extra)
         checkpoint.prune(self.run.folder, self.config.checkpoint.keep)
         self.run.event("checkpoint", step=step, path=str(folder))
 
@@ -172,19 +168,18 @@ class Training:
     async def _start(self) -> None:
         """Start engines and learners side by side, load the checkpoint when resuming, push, and prove the push."""
         config, timeout = self.config, self.config.engine.start_timeout_s
-        self.view.note(f"starting {len(self.engines)} engine(s) and {len(self.learners)} learner rank(s) of {config.model.path}")
-        starting = [engine.start.remote() for engine in self.engines]
-        host, port = (await self._wait("start", "learner rank 0", timeout, _all([self.learners[0].address.remote()])))[0]
-        started = asyncio.gather(_all(self._send_all("start", host, port)), _all(starting))  # whichever fails first is heard
-        learners, reports = await self._wait("start", "engines and learner ranks", timeout, started)
-        self.run.event("started", engines=reports, learners=learners)
-        sigma = config.policy.gamma * float(reports[0]["rms_embedding"])
-        tokenizer = load_tokenizer(self.model_dir)
-        self.rollouts = Rollouts(config, self.engines, tokenizer, self.scorer, sigma)
+        self.view.note(
+            f"starting {len(self.engines)} engine(s) and {len(self.learners.ranks)} learner rank(s) of {config.model.path}"
+        )
+        (self.rollouts, engines), learners = await asyncio.gather(  # whichever fails first is heard
+            Rollouts.start(config, self.problems, self.engines, load_tokenizer(self.model_dir), self.scorer, self.run.waiting),
+            self.learners.start(timeout),
+        )
+        self.run.event("started", engines=engines, learners=learners)
         fixed = [self.rollouts.prompt_ids(problem) for problem in self.problems[:VERIFY_SEQUENCES]]
-        await self._from_learners("connect", self._send_all("connect", self.engines, fixed))
+        await self.learners.call("connect", self.engines, fixed)
         if self.run.resume_from is not None:
-            stored = await self._from_learners("load", self._send_all("load", str(self.run.resume_from)))
+            stored = await self.learners.call("load", str(self.run.resume_from))
             self.rollouts.sigma = float(stored[0]["sigma"])
             self.best = tuple(stored[0]["best"]) if stored[0]["best"] else None
         await self._push(self.run.step)
@@ -193,7 +188,7 @@ class Training:
     async def _test_best(self) -> None:
         """The test problems under the weights of the best validation, beside the base model's row, and where to look next."""
         folder = self.run.checkpoints / BEST
-        stored = await self._from_learners("load", self._send_all("load", str(folder)))
+        stored = await self.learners.call("load", str(folder))
         step = int(stored[0]["step"])
         await self._push(step)
         tested = await self._evaluate("test", step, self.test)
@@ -208,32 +203,15 @@ class Training:
 
     # ------------------------------------------------------------------ waiting
 
-    def _send_all(self, method: str, *args: Any) -> list[Any]:
-        return [getattr(learner, method).remote(*args) for learner in self.learners]
-
-    async def _from_learners(self, what: str, refs: list[Any]) -> list[Any]:
-        return await self._wait(what, "learner ranks", self.config.learner.step_timeout_s, _all(refs))
-
     async def _new_preemptions(self) -> float:
         """Requests that the engines preempted since the last call."""
         refs = [engine.stats.remote() for engine in self.engines]
-        stats = await self._wait("stats", "engines", self.config.engine.request_timeout_s, _all(refs))
+        stats = await wait_all(self.run.waiting, "stats", "engines", self.config.engine.request_timeout_s, refs)
         before, self.preemptions = self.preemptions, sum(s["preemptions"] for s in stats)
         return float(self.preemptions - before)
 
-    async def _each(self, name: str, for_whom: str, items: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """The items, each waited for by name."""
-        while (item := await self._wait(name, for_whom, self.config.engine.request_timeout_s, anext(items, None))) is not None:
-            yield item
-
-    async def _wait(self, name: str, for_whom: str, deadline_s: float, awaitable: Awaitable[Any]) -> Any:
-        """Every wait of the controller goes through here: it has a name and a deadline, and ends in our own kind of error."""
-        with self.run.waiting(name, for_whom, deadline_s), actor_errors(f"{name}: {for_whom}"):
-            return await asyncio.wait_for(awaitable, deadline_s)
-
-
-async def _all(refs: list[Any]) -> list[Any]:
-    return list(await asyncio.gather(*refs))
+    def _each(self, name: str, for_whom: str, items: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        return each(self.run.waiting, name, for_whom, self.config.engine.request_timeout_s, items)
 
 
 @contextmanager
@@ -246,7 +224,7 @@ def recorded_end(run: RunDir) -> Iterator[None]:
         run.status("interrupted")
         raise RunError(f"{run.folder}: interrupted; go on with --resume") from None
     except InputError:
-        if run.resume_from is None:
+        if run.created:
             run.discard()
         raise
     except BaseException as error:

@@ -1,25 +1,25 @@
 """The two halves of a run on their own: rollouts written to files, and learning from files."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
-
-import ray
 
 from cluster.controller import prepare, recorded_end
+from cluster.learners import Learners
 from cluster.live import LiveView
-from cluster.placement import actor_errors, placed, ray_session
+from cluster.placement import Cluster, placed, ray_session
 from cluster.rollouts import Rollouts
 from cluster.run_dir import RunDir
 from cluster.step_metrics import StepMetrics
-from configs.errors import InputError, RunError
+from cluster.waits import each, named
+from configs.errors import InputError
 from configs.load import config_hash
 from configs.schema import Config
 from learner import checkpoint
 from rollout.files import RolloutFile, list_rollouts, read_groups, write_rollouts
 from rollout.models import load_tokenizer, resolve_model
 from rollout.reward import Scorer
-from rollout.tasks import batch_indices
+from rollout.tasks import Problem
 from rollout.trajectory import Group
 
 
@@ -34,36 +34,30 @@ def write(config: Config, out: Path) -> None:
         Scorer() as scorer,
         LiveView(config) as view,
     ):
+        asyncio.run(_write(config, model_dir, problems, cluster, scorer, view, out))
 
-        async def draw() -> None:
-            reports = await asyncio.gather(*(engine.start.remote() for engine in cluster.engines))
-            sigma = config.policy.gamma * float(reports[0]["rms_embedding"])
-            rollouts = Rollouts(config, cluster.engines, load_tokenizer(model_dir), scorer, sigma)
-            for step in range(config.run.steps):
-                meter = StepMetrics()
-                chosen = batch_indices(len(problems), step, config.rollout.prompts_per_step, config.run.seed)
-                groups = []
-                async for group in rollouts.groups(step, [problems[i] for i in chosen]):
-                    meter.add_group(group)
-                    groups.append(group)
-                path = write_rollouts(
-                    out,
-                    f"step_{step:06d}",
-                    groups,
-                    model=config.model.path,
-                    weight_version=0,
-                    config_hash=config_hash(config),
-                    engine_dtype=config.engine.dtype,
-                )
-                view.step({"step": step + 1, **meter.finish({}, {})})
-                view.note(f"wrote {path}")
 
-        deadline_s = config.engine.start_timeout_s + config.run.steps * config.engine.request_timeout_s
-        try:
-            with actor_errors("rollout: engines"):
-                asyncio.run(asyncio.wait_for(draw(), deadline_s))
-        except TimeoutError:
-            raise RunError(f"rollout: {config.run.steps} steps took over {deadline_s:g} s, all deadlines together") from None
+async def _write(
+    config: Config, model_dir: str, problems: list[Problem], cluster: Cluster, scorer: Scorer, view: LiveView, out: Path
+) -> None:
+    rollouts, _ = await Rollouts.start(config, problems, cluster.engines, load_tokenizer(model_dir), scorer, named)
+    for step in range(config.run.steps):
+        meter = StepMetrics()
+        groups = []
+        async for group in each(named, "rollout", "the next group", config.engine.request_timeout_s, rollouts.groups(step)):
+            meter.add_group(group)
+            groups.append(group)
+        path = write_rollouts(
+            out,
+            f"step_{step:06d}",
+            groups,
+            model=config.model.path,
+            weight_version=0,
+            config_hash=config_hash(config),
+            engine_dtype=config.engine.dtype,
+        )
+        view.step({"step": step + 1, **meter.finish({}, {})})
+        view.note(f"wrote {path}")
 
 
 def replay(config: Config, folder: Path) -> None:
@@ -81,22 +75,27 @@ def replay(config: Config, folder: Path) -> None:
         recorded_end(run),
         LiveView(config) as view,
     ):
-        learners, deadline = cluster.learners, config.learner.step_timeout_s
+        asyncio.run(_replay(config, files, Learners(cluster.learners, run.waiting, config.learner.step_timeout_s), run, view))
 
-        def on_all(method: str, *args: Any) -> list[Any]:
-            with run.waiting(method, "learner ranks", deadline), actor_errors(f"{method}: learner ranks"):
-                return list(ray.get([getattr(rank, method).remote(*args) for rank in learners], timeout=deadline))
 
-        on_all("start", *on_all("address")[0])
-        sigma = 0.0
-        for step, file in enumerate(files):
-            groups = read_groups(file)
-            sigma = groups[0].samples[0].trajectory.sigma
-            view.step(run.metrics.write(step + 1, learn(on_all, step, groups)))
-        last = checkpoint.step_folder(run.folder, len(files))
-        extra = {"step": len(files), "sigma": sigma, "best": None, "config_hash": config_hash(config)}
-        on_all("save", str(last), extra)
-        view.note(f"checkpoint {last}")
+async def _replay(config: Config, files: list[RolloutFile], learners: Learners, run: RunDir, view: LiveView) -> None:
+    await learners.start(config.engine.start_timeout_s)
+    sigma = 0.0
+    for step, file in enumerate(files):
+        meter = StepMetrics()
+        groups = read_groups(file)
+        sigma = groups[0].samples[0].trajectory.sigma
+        learned = await learners.learn(step, _stream(groups), meter)
+        view.step(run.metrics.write(step + 1, meter.finish(learned, {})))
+    last = checkpoint.step_folder(run.folder, len(files))
+    extra = {"step": len(files), "sigma": sigma, "best": None, "config_hash": config_hash(config)}
+    await learners.call("save", str(last), extra)
+    view.note(f"checkpoint {last}")
+
+
+async def _stream(groups: list[Group]) -> AsyncIterator[Group]:
+    for group in groups:
+        yield group
 
 
 def fitting(config: Config, file: RolloutFile) -> RolloutFile:
@@ -112,15 +111,3 @@ def fitting(config: Config, file: RolloutFile) -> RolloutFile:
             f"{file.path}: holds {len(file.sizes)} groups, rollout.prompts_per_step is {config.rollout.prompts_per_step}"
         )
     return file
-
-
-def learn(on_all: Any, step: int, groups: list[Group]) -> dict[str, float]:
-    """One optimiser step from written groups."""
-    meter = StepMetrics()
-    on_all("begin_step", step)
-    for group in groups:
-        meter.add_group(group)
-        on_all("accumulate", group)
-    with meter.timed("time/wait_learner"):
-        learned = on_all("finish_step")[0]
-    return meter.finish(learned, {})

@@ -1,7 +1,8 @@
 """Where the actors of a run live: engines and learner ranks on the nodes, GPUs and cores of a Ray cluster.
 
-On GPUs every engine takes `tensor_parallel` GPUs of one node and every learner rank takes one, anywhere. On CPUs the cores of
-the machine are shared: rollouts and learning alternate more than they overlap, so each side may use all of them.
+On GPUs every engine takes `tensor_parallel` GPUs of one node and every learner rank takes one, anywhere. On CPUs all actors share
+a node, because weights go through its memory, and its cores: rollouts and learning alternate more than they overlap, so each side
+may use all of them.
 """
 
 import os
@@ -70,11 +71,11 @@ def placed(config: Config, model_dir: str, *, with_learner: bool = True, with_en
     per_engine = config.engine.tensor_parallel
     bundles = [{"CPU": 1.0} | ({"GPU": float(per_engine)} if gpus else {})] * engines
     bundles += [{"CPU": 1.0} | ({"GPU": 1.0} if gpus else {})] * ranks
-    group = _reserve(bundles)
+    group = _reserve(bundles, "PACK" if gpus else "STRICT_PACK")
     actors: list[Any] = []
     try:
         for i in range(engines):
-            bound = None if gpus else cores(config.engine.threads)
+            bound = None if gpus else cores(config.engine.threads, i, engines)
             options = _options(group, i, per_engine if gpus else 0, engine_environment(bound))
             actors.append(ray.remote(RolloutEngine).options(**options).remote(config, model_dir, f"engine-{i}"))
         for rank in range(ranks):
@@ -89,25 +90,7 @@ def placed(config: Config, model_dir: str, *, with_learner: bool = True, with_en
         remove_placement_group(group)
 
 
-@contextmanager
-def actor_errors(waiting_for: str) -> Iterator[None]:
-    """Turn what Ray raises for an actor into the error that the actor raised, or into a RunError of one line."""
-    try:
-        yield
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, InputError | RunError):
-            raise cause from error
-        raise RunError(f"{waiting_for}: {type(cause).__name__}: {first_line(cause)}") from error
-    except ray.exceptions.RayActorError as error:
-        raise RunError(f"{waiting_for}: an actor died: {first_line(error)}; --resume goes on from the last checkpoint") from error
-
-
-def first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
+def _reserve(bundles: list[dict[str, float]], strategy: str) -> PlacementGroup:
     """A placement group for the bundles. Raises InputError when the cluster can never hold them, RunError when it is busy."""
     have = ray.cluster_resources()
     for kind in ("CPU", "GPU"):
@@ -117,7 +100,7 @@ def _reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
                 f"engine.count and learner.ranks need {need:g} {kind}s, the cluster has {have.get(kind, 0.0):g}; "
                 "lower them or add nodes"
             )
-    group = placement_group(bundles, strategy="PACK")
+    group = placement_group(bundles, strategy=strategy)
     try:
         ray.get(group.ready(), timeout=PLACEMENT_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError:
@@ -151,7 +134,8 @@ def _cores_each(parts: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(1, parts))
 
 
-def cores(threads: int | None) -> list[int]:
-    """The cores of one CPU engine: all of them, or the first `threads`."""
+def cores(threads: int | None, engine: int = 0, engines: int = 1) -> list[int]:
+    """The cores of one CPU engine: its share of all of them, or the first `threads` of that."""
     mine = sorted(os.sched_getaffinity(0))
-    return mine[: threads or len(mine)]
+    share = mine[engine * len(mine) // engines : (engine + 1) * len(mine) // engines] or mine
+    return share[: threads or len(share)]

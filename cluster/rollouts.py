@@ -1,29 +1,48 @@
 """From problems to scored groups: seeds, requests over all engines, scoring as samples finish, groups in data order."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.waits import Waiting, wait_all
 from configs.errors import InputError
 from configs.schema import Config, Mode, Record
 from rollout.prompt import PREFILL_AFTER_PHRASE, PREFILL_AT_LIMIT, render
 from rollout.reward import Scorer, to_the_closing_brace
-from rollout.tasks import Problem
+from rollout.tasks import Problem, batch_indices
 from rollout.trajectory import STOP_ANSWER_CLOSED, Group, Sample, SampleRequest, Trajectory, sample_seed
 
 
 class Rollouts:
-    """Draws groups with the given engines (Ray handles of RolloutEngine). sigma is the run's fixed noise scale."""
+    """Draws groups of the training problems with the given engines (Ray handles of RolloutEngine).
 
-    def __init__(self, config: Config, engines: list[Any], tokenizer: Any, scorer: Scorer, sigma: float) -> None:
-        self.config, self.engines, self.tokenizer, self.scorer, self.sigma = config, engines, tokenizer, scorer, sigma
+    sigma is the run's fixed noise scale: gamma times the RMS of the base model's embedding (paper, section 4.1).
+    """
 
-    async def groups(self, step: int, problems: list[Problem]) -> AsyncIterator[Group]:
-        """One group per problem, each as soon as it and all before it are scored: the order never depends on timing."""
+    def __init__(
+        self, config: Config, problems: list[Problem], engines: list[Any], tokenizer: Any, scorer: Scorer, sigma: float
+    ) -> None:
+        self.config, self.problems, self.engines = config, problems, engines
+        self.tokenizer, self.scorer, self.sigma = tokenizer, scorer, sigma
+
+    @classmethod
+    async def start(
+        cls, config: Config, problems: list[Problem], engines: list[Any], tokenizer: Any, scorer: Scorer, waiting: Waiting
+    ) -> tuple[Self, list[dict[str, Any]]]:
+        """Start the engines, take the noise scale from the first; the rollouts and what each engine reports of itself."""
+        starting = [engine.start.remote() for engine in engines]
+        reports = await wait_all(waiting, "start", "engines", config.engine.start_timeout_s, starting)
+        sigma = config.policy.gamma * float(reports[0]["rms_embedding"])
+        return cls(config, problems, engines, tokenizer, scorer, sigma), reports
+
+    async def groups(self, step: int) -> AsyncIterator[Group]:
+        """The step's groups, each as soon as it and all before it are scored: the order never depends on timing."""
         size = self.config.rollout.samples_per_prompt
+        chosen = batch_indices(len(self.problems), step, self.config.rollout.prompts_per_step, self.config.run.seed)
+        problems = [self.problems[i] for i in chosen]
         requests = [self.request(problem, step, sample) for problem in problems for sample in range(size)]
         gold = {problem.index: problem.answer for problem in problems}
         samples: dict[int, list[Sample]] = {problem.index: [] for problem in problems}
@@ -38,12 +57,17 @@ class Rollouts:
     async def scored(self, requests: list[SampleRequest], gold: dict[int, str]) -> AsyncIterator[Sample]:
         """Samples of the requests, scored against `gold` by prompt index, as they finish."""
 
-        async def score(trajectory: Trajectory) -> Sample:
+        async def score(trajectory: Trajectory, put: Callable[[Sample], None]) -> None:
             text = answer_text(self.tokenizer, trajectory)
             verdict = await self.scorer.score(gold[trajectory.prompt_index], text, trajectory.stop_reason == STOP_ANSWER_CLOSED)
-            return Sample(trajectory=trajectory, reward=verdict.reward, correct=verdict.correct, answer_text=text)
+            put(Sample(trajectory=trajectory, reward=verdict.reward, correct=verdict.correct, answer_text=text))
 
-        async for sample in _mapped(self.trajectories(requests), score):
+        async def score_all(put: Callable[[Sample], None]) -> None:
+            async with asyncio.TaskGroup() as tasks:
+                async for trajectory in self.trajectories(requests):
+                    tasks.create_task(score(trajectory, put))
+
+        async for sample in _as_put(score_all):
             yield sample
 
     async def trajectories(self, requests: list[SampleRequest]) -> AsyncIterator[Trajectory]:
@@ -54,11 +78,17 @@ class Rollouts:
         for request in requests:
             shares[engine_of[request.prompt_index]].append(request)
 
-        async def stream(engine: Any, share: list[SampleRequest]) -> AsyncIterator[Trajectory]:
+        async def draw(engine: Any, share: list[SampleRequest], put: Callable[[Trajectory], None]) -> None:
             async for ref in engine.generate.options(num_returns="streaming").remote(share):
-                yield await ref
+                put(await ref)
 
-        async for trajectory in _merged([stream(e, s) for e, s in zip(self.engines, shares, strict=True) if s]):
+        async def draw_all(put: Callable[[Trajectory], None]) -> None:
+            async with asyncio.TaskGroup() as tasks:
+                for engine, share in zip(self.engines, shares, strict=True):
+                    if share:
+                        tasks.create_task(draw(engine, share, put))
+
+        async for trajectory in _as_put(draw_all):
             yield trajectory
 
     def request(self, problem: Problem, step: int, sample: int) -> SampleRequest:
@@ -104,63 +134,18 @@ def answer_text(tokenizer: Any, trajectory: Trajectory) -> str:
     return text if inside is None else inside
 
 
-async def _mapped(items: AsyncIterator[Any], act: Callable[[Any], Any]) -> AsyncIterator[Any]:
-    """`act` on each item in a task of its own; results as they finish, while items still come."""
-    done: asyncio.Queue[Any] = asyncio.Queue()
-    running: set[asyncio.Task[None]] = set()
-
-    async def run(item: Any) -> None:
-        try:
-            done.put_nowait((await act(item), None))
-        except Exception as error:
-            done.put_nowait((None, error))
-
-    async def feed() -> None:
-        try:
-            async for item in items:
-                running.add(task := asyncio.create_task(run(item)))
-                task.add_done_callback(running.discard)
-            await asyncio.gather(*running)
-            done.put_nowait((None, StopAsyncIteration()))
-        except Exception as error:
-            done.put_nowait((None, error))
-
-    feeder = asyncio.create_task(feed())
+async def _as_put(fill: Callable[[Callable[[Any], None]], Awaitable[None]]) -> AsyncIterator[Any]:
+    """What `fill(put)` puts, as it puts it, until it returns; its first error is raised after what came before it."""
+    items: asyncio.Queue[Any] = asyncio.Queue()
+    end = object()
+    filling = asyncio.ensure_future(fill(items.put_nowait))
+    filling.add_done_callback(lambda _: items.put_nowait(end))
     try:
-        while True:
-            result, error = await done.get()
-            if isinstance(error, StopAsyncIteration):
-                return
-            if error is not None:
-                raise error
-            yield result
-    finally:
-        feeder.cancel()
-
-
-async def _merged(streams: list[AsyncIterator[Any]]) -> AsyncIterator[Any]:
-    """Items of several streams as they come; the first error ends all."""
-    queue: asyncio.Queue[tuple[Any, BaseException | None]] = asyncio.Queue()
-
-    async def pump(stream: AsyncIterator[Any]) -> None:
+        while (item := await items.get()) is not end:
+            yield item
         try:
-            async for item in stream:
-                queue.put_nowait((item, None))
-            queue.put_nowait((None, StopAsyncIteration()))
-        except Exception as error:
-            queue.put_nowait((None, error))
-
-    pumps = [asyncio.create_task(pump(stream)) for stream in streams]
-    live = len(pumps)
-    try:
-        while live:
-            item, error = await queue.get()
-            if isinstance(error, StopAsyncIteration):
-                live -= 1
-            elif error is not None:
-                raise error
-            else:
-                yield item
+            await filling
+        except ExceptionGroup as group:  # of a TaskGroup, which cancelled the other tasks
+            raise group.exceptions[0] from None
     finally:
-        for task in pumps:
-            task.cancel()
+        filling.cancel()

@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Self
 
+from cluster.waits import named
 from configs.errors import InputError, RunError
 from configs.load import LEAVES, dump_config, load_config
 from configs.schema import Config
@@ -33,11 +34,11 @@ from rollout.files import cannot_write, replace_file
 CONFIG, METRICS, SUPERSEDED = "config.yaml", "metrics.jsonl", "metrics.superseded.jsonl"
 EVENTS, STATUS = "events.jsonl", "status.json"
 
-# Keys that a resumed run may change: where it lies, how long it is, how often it looks, and how the work is cut up. Everything
-# else decides what is learned, so that a key added to the schema is held fixed until it is named here.
+# Keys that a resumed run may change: where it lies, how often it looks, and how the work is cut up. Everything else decides what
+# is learned (run.steps too: the cosine schedule ends there), so that a key added to the schema is held fixed until it is named.
 FREE_SECTIONS = {"checkpoint", "eval", "push"}
 FREE_KEYS = {
-    *("run.name", "run.dir", "run.steps"),
+    *("run.name", "run.dir"),
     *("engine.count", "engine.tensor_parallel", "engine.max_num_seqs", "engine.max_model_len", "engine.kv_cache_gib"),
     *("engine.enforce_eager", "engine.threads", "engine.start_timeout_s", "engine.request_timeout_s"),
     *("learner.ranks", "learner.micro_batch_tokens", "learner.activation_checkpointing", "learner.threads"),
@@ -48,8 +49,9 @@ FREE_KEYS = {
 class RunDir:
     """An open run folder; use `create`. One process writes to it at a time."""
 
-    def __init__(self, folder: Path, resume_from: Path | None, events: "JsonLines", metrics: "MetricsLog") -> None:
+    def __init__(self, folder: Path, created: bool, resume_from: Path | None, events: "JsonLines", metrics: "MetricsLog") -> None:
         self.folder, self.metrics, self._events = folder, metrics, events
+        self.created = created  # this command made the run; False where it resumes one, even from its start
         self.resume_from = resume_from  # the checkpoint to go on from; None in a new run
         self.step = _steps_done(resume_from)
         self._status: dict[str, Any] = {"state": "starting", "since": now()}
@@ -71,7 +73,7 @@ class RunDir:
         events.lock()
         moved = _supersede(folder, _steps_done(checkpoint))
         replace_file(folder / CONFIG, lambda partial: partial.write_text(dump_config(config)))
-        run = cls(folder, checkpoint, events, MetricsLog(folder / METRICS))
+        run = cls(folder, not resume, checkpoint, events, MetricsLog(folder / METRICS))
         run.event("resume" if resume else "start", step=run.step, changed=changed, superseded_rows=moved)
         run.status("starting")
         return run
@@ -91,7 +93,10 @@ class RunDir:
         return folder, _checkpoint_to_resume(folder), _check_unchanged(folder / CONFIG, config)
 
     def discard(self) -> None:
-        """Remove the folder of a new run that turned out to be bad input, so that the corrected command can use its name."""
+        """Remove the folder of a new run that turned out to be bad input, so that the corrected command can use its name.
+
+        Only for a run that this command `created`: any other folder holds somebody's work.
+        """
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
@@ -132,20 +137,18 @@ class RunDir:
             self._write_status()
 
     @contextmanager
-    def waiting(self, name: str, for_whom: str, deadline_s: float) -> Iterator[float]:
+    def waiting(self, name: str, for_whom: str, deadline_s: float) -> Iterator[None]:
         """Round every wait: status.json says that `name` waits for `for_whom` until the body ends.
 
-        Yields the deadline in seconds for the call that waits. A TimeoutError of the body (Ray's and asyncio's are such)
-        becomes a RunError that names the wait.
+        A TimeoutError of the body becomes a RunError that names the wait.
         """
         wait = {"name": name, "for": for_whom, "since": now(), "deadline_s": deadline_s}
         with self._guard:
             self._waits[id(wait)] = wait
             self._write_status()
         try:
-            yield deadline_s
-        except TimeoutError as error:
-            raise RunError(f"{name}: waited {deadline_s:g} s for {for_whom}, the deadline of this wait") from error
+            with named(name, for_whom, deadline_s):
+                yield
         finally:
             with self._guard:
                 del self._waits[id(wait)]
@@ -214,11 +217,6 @@ class MetricsLog(JsonLines):
 def now() -> str:
     """ISO 8601 in UTC, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics or events file; a last line that is still being written is left out."""
-    return [row for row, _ in _rows(path) if row is not None]
 
 
 # Opening a folder

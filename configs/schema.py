@@ -19,39 +19,59 @@ class Mode(StrEnum):
 
 
 class Support(StrEnum):
+    """Over which tokens the learner evaluates the policy of a soft step."""
+
     recorded = "recorded"
     full = "full"
 
 
 class Record(StrEnum):
+    """How much of a soft step travels from engine to learner."""
+
     compact = "compact"
     full = "full"
 
 
 class Dtype(StrEnum):
+    """What a model is held, or computed, in."""
+
     bfloat16 = "bfloat16"
     float32 = "float32"
 
 
 class Schedule(StrEnum):
+    """The learning rate after the warm-up (learner/optimiser.py)."""
+
     cosine = "cosine"
     constant = "constant"
 
 
 class Advantage(StrEnum):
+    """What a sample's reward is compared with (learner/advantage.py)."""
+
     rloo = "rloo"
     grpo = "grpo"
 
 
 class PushBackend(StrEnum):
+    """How weights travel from the learner to the engines."""
+
     auto = "auto"
     shm = "shm"
     nccl = "nccl"
     ipc = "ipc"
 
+    def resolved(self, on_gpu: bool) -> "PushBackend":
+        """What `auto` stands for in a process with or without a GPU; any other is itself."""
+        if self is not PushBackend.auto:
+            return self
+        return PushBackend.nccl if on_gpu else PushBackend.shm
+
 
 @dataclass
 class RunConfig:
+    """Which run this is, and how long."""
+
     name: str = "run"  # the run's folder is dir/name
     dir: str = "runs"
     seed: int = 0  # noise, data order and sampling all derive from it
@@ -60,6 +80,8 @@ class RunConfig:
 
 @dataclass
 class ModelConfig:
+    """The weights that training starts from."""
+
     path: str = "smollm2-135m"  # the embedded default, a Hugging Face id, or a local checkpoint folder
     dtype: Dtype = Dtype.bfloat16  # what `engine.dtype` and `learner.dtype` are unless set; what `softrl export` writes
 
@@ -76,6 +98,8 @@ class TaskConfig:
 
 @dataclass
 class PolicyConfig:
+    """How a sample is drawn, and so what its probability is."""
+
     mode: Mode = Mode.soft
     tau: float | None = None  # CoT temperature; unset: the paper's own for the mode (hard 1, soft 0.5, fuzzy 0.0001)
     gamma: float = 0.33  # sigma = gamma * RMS(E), per coordinate; hard mode has no noise
@@ -87,6 +111,8 @@ class PolicyConfig:
 
 @dataclass
 class RolloutConfig:
+    """The batch of one optimiser step."""
+
     prompts_per_step: int = 2  # B
     samples_per_prompt: int = 32  # G
     answer_temperature: float = 1.0
@@ -94,6 +120,8 @@ class RolloutConfig:
 
 @dataclass
 class EngineConfig:
+    """The vLLM engines: how many, how large, how long they may take."""
+
     count: int = 1
     tensor_parallel: int = 1
     dtype: Dtype = "${model.dtype}"  # type: ignore[assignment]
@@ -108,6 +136,8 @@ class EngineConfig:
 
 @dataclass
 class LearnerConfig:
+    """The FSDP2 ranks: loss, optimiser, and how their work is cut up."""
+
     ranks: int = 1
     dtype: Dtype = "${model.dtype}"  # type: ignore[assignment]  # compute; masters and gradients are always float32
     lr: float = 6e-6
@@ -125,6 +155,8 @@ class LearnerConfig:
 
 @dataclass
 class PushConfig:
+    """New weights on their way to the engines, and the proof that they arrived."""
+
     backend: PushBackend = PushBackend.auto  # auto: nccl with GPUs, shared memory without
     verify_every: int = 50  # steps between checks of the engine's weights; the first push is always checked
     timeout_s: float = 600.0
@@ -132,17 +164,23 @@ class PushConfig:
 
 @dataclass
 class AsyncConfig:
+    """How far rollouts may run ahead of learning."""
+
     max_staleness: int = 0  # steps a batch may lag behind the weights; 0 is strictly on-policy
 
 
 @dataclass
 class CheckpointConfig:
+    """When a run is saved, and how many of its checkpoints stay."""
+
     every: int = 50  # steps; the last step is always saved
     keep: int = 3
 
 
 @dataclass
 class EvalConfig:
+    """Accuracy on held-out problems, as the run goes."""
+
     every: int = 50  # steps between validations; 0: only before the first and after the last step
     settings: list[str] = field(default_factory=lambda: ["hard_greedy"])
     samples: int = 1  # per problem; greedy settings always take 1
@@ -151,6 +189,8 @@ class EvalConfig:
 
 @dataclass
 class Config:
+    """A whole run."""
+
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)

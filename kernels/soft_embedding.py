@@ -35,6 +35,7 @@ TILE = 64  # logits per tile of the first level
 SCAN_ELEMENTS = 1 << 18  # logits whose softmax is alive at once on a CPU: stays in a core's cache
 GATHER_ENTRIES = 1 << 12  # head rows gathered at once when rescoring
 MIX_ENTRIES = 1 << 16  # embedding rows gathered at once when mixing (whole rows of the batch, at least one)
+RMS_ROWS = 1 << 13  # embedding rows squared at once
 
 # A bf16 logit is off by at most 2**-8 of its magnitude; the threshold, through the normaliser, by as much again. Twice that is
 # the margin, because some GEMMs also round their partial sums.
@@ -127,6 +128,15 @@ def rebuild(
     # Two roundings, product and sum: a fused multiply-add would differ between devices.
     noise = normal_rows(seeds, positions, embedding.shape[1], STREAM_SOFT).mul_(sigma.float()[:, None])
     return mean.add_(noise).to(dtype)
+
+
+def rms(embedding: Tensor) -> float:
+    """RMS over all entries of E [V, n0]: sigma = gamma * RMS(E) (paper, section 4.1).
+
+    In float64: a bf16 or float32 sum over V n0 squares would lose digits that sigma needs.
+    """
+    blocks = embedding.split(RMS_ROWS)  # a float64 copy of a large E would take gigabytes
+    return (sum(float(block.double().square().sum()) for block in blocks) / embedding.numel()) ** 0.5
 
 
 def dense_mean(logits: Tensor, tau: Tensor, embedding: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from configs.errors import InputError
 from configs.schema import Config, Dtype
-from kernels.soft_embedding import rebuild
+from kernels.soft_embedding import rebuild, rms
 from kernels.token_logprob import token_logprob
 from learner.batch import PackedBatch, SoftSteps
 from learner.losses import Terms, policy_terms
@@ -111,10 +111,7 @@ def build_policy(model_dir: str | Path, config: Config, device: torch.device) ->
     if config.learner.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # transformers checkpoints activations only in training mode
-    embedding = model.get_input_embeddings().weight.detach()
-    # dtype= of the norm: a bf16 or float32 sum over V n0 squares would lose digits that sigma = gamma * RMS needs.
-    rms_embedding = float(torch.linalg.vector_norm(embedding, dtype=torch.float64)) / embedding.numel() ** 0.5
-    policy = Policy(model, config, rms_embedding)
+    policy = Policy(model, config, rms(model.get_input_embeddings().weight.detach()))
     _shard(policy, layers, config, device)
     return policy
 

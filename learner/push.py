@@ -133,11 +133,14 @@ class SharedMemoryTrainer(TrainerWeightTransferEngine[SharedMemoryTrainerInfo]):
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.source}
         try:
             save_file(tensors, self.path)
+            file = os.open(self.path, os.O_RDONLY)
         except (OSError, SafetensorError) as error:
-            self.path.unlink(missing_ok=True)
             raise RunError(f"push: cannot write {self.path} ({error}); free {SHARED_MEMORY} or make it larger") from error
+        finally:  # engines read it through our descriptor, so a run that is killed leaves nothing in shared memory
+            self.path.unlink(missing_ok=True)
         try:
-            update = SharedMemoryUpdateInfo(str(self.path), {name: tensor_checksum(t) for name, t in tensors.items()})
+            path = f"/proc/{os.getpid()}/fd/{file}"
+            update = SharedMemoryUpdateInfo(path, {name: tensor_checksum(t) for name, t in tensors.items()})
             self.client.start_weight_update()
             try:
                 self.client.update_weights(asdict(update))
@@ -146,7 +149,7 @@ class SharedMemoryTrainer(TrainerWeightTransferEngine[SharedMemoryTrainerInfo]):
                 raise
             self.client.finish_weight_update()
         finally:
-            self.path.unlink(missing_ok=True)
+            os.close(file)
 
 
 class Pusher:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from configs.schema import Config, PushBackend
+from configs.schema import Config
 from learner.network import free_port
 from rollout.trajectory import Group
 
@@ -64,12 +64,9 @@ class LearnerRank:
         """Open the push to the engines; `fixed_sequences` are the token ids that a push is verified with."""
         from learner.push import Pusher  # brings vLLM, which the controller's process does without
 
-        backend = self.config.push.backend
-        if backend is PushBackend.auto:
-            backend = PushBackend.nccl if torch.cuda.is_available() else PushBackend.shm
         self.fixed_sequences = fixed_sequences
         self.pusher = Pusher(
-            backend=backend,
+            backend=self.config.push.backend.resolved(torch.cuda.is_available()),
             rank=self.rank,
             engines=engines,
             workers_per_engine=self.config.engine.tensor_parallel,
@@ -80,6 +77,7 @@ class LearnerRank:
         )
 
     def begin_step(self, step: int) -> None:
+        """Forget what an earlier step, finished or abandoned, left behind."""
         self.learner.begin_step(step)
 
     def accumulate(self, group: Group) -> None:
@@ -87,9 +85,11 @@ class LearnerRank:
         self.learner.accumulate(group)
 
     def finish_step(self) -> dict[str, float]:
+        """The optimiser step over everything accumulated; returns the step's metrics."""
         return self.learner.finish_step()
 
     def push(self, version: int) -> "PushReport":
+        """Bring the engines to this rank's weights as `version`; every rank takes part, rank 0 sends."""
         return self.pusher.push(version)
 
     def verify(self, version: int) -> float:
@@ -98,6 +98,7 @@ class LearnerRank:
         return self.pusher.verify(self.fixed_sequences, mine, version) if self.rank == 0 else 0.0
 
     def save(self, folder: str, extra: dict[str, Any]) -> None:
+        """Write a checkpoint, with `extra` for the controller."""
         self.learner.save(Path(folder), extra)
 
     def load(self, folder: str) -> dict[str, Any]:

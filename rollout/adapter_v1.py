@@ -48,6 +48,7 @@ class SoftModelRunner:
         return inputs
 
     def sample_tokens(self, grammar_output: Any) -> Any:
+        """Keep the hidden states of the rows that are sampled, [requests, d]; vLLM forgets them before it calls `_sample`."""
         state = self.execute_model_state
         self.softrl_hidden = None if state is None else state.sample_hidden_states
         return super().sample_tokens(grammar_output)  # type: ignore[misc]

@@ -47,7 +47,7 @@ class RolloutEngine:
     async def start(self) -> dict[str, Any]:
         """Start vLLM and soft decoding in its workers; returns the first worker's report.
 
-        Raises RunError when the workers do not report soft decoding, or differ from each other.
+        Raises InputError for a model or tokenizer that soft decoding does not know, RunError when the workers differ.
         """
         from transformers import AutoTokenizer
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -65,14 +65,17 @@ class RolloutEngine:
             eos_ids=eos,
             stop_id=self._stop_id,
             max_num_seqs=self.config.engine.max_num_seqs,
-            max_cot_tokens=self.config.engine.max_model_len,
+            max_cot_tokens=self.config.policy.max_cot_tokens,
             max_answer_tokens=self.config.policy.max_answer_tokens,
         )
         reports = await self._llm.collective_rpc("softrl_attach", args=(spec.to_json(),))
         if not reports or len(set(reports)) > 1:
             raise RunError(f"{self.name}: workers report {reports}, expected the same soft-decoding adapter from each")
+        report = json.loads(reports[0])
+        if "error" in report:
+            raise InputError(f"model.path: {self.config.model.path}: {report['error']}")
         self._collector = asyncio.create_task(self._collect())
-        return {"engine": self.name, **json.loads(reports[0])}
+        return {"engine": self.name, **report}
 
     # ------------------------------------------------------------------ rollouts
 
@@ -80,7 +83,7 @@ class RolloutEngine:
         """Trajectories of the requests, each yielded as soon as it finishes; aborts the rest if the caller goes away.
 
         An idle engine is held until all requests are queued and starts with empty caches, so what it computes is a function of
-        the requests alone and not of the moment at which each arrived. Raises InputError for a prompt that does not fit.
+        the requests alone and not of the moment at which each arrived. Raises InputError for a request that does not fit.
         """
         for request in requests:
             self._require_fits(request)
@@ -133,11 +136,12 @@ class RolloutEngine:
             finished = True
             if output.outputs[0].finish_reason != "stop":
                 raise RunError(f"{label}: vLLM ended it with {output.outputs[0].finish_reason!r}, expected 'stop'")
-            record = await self._take(record_id)
+            record = await self._record(record_id)
         finally:
             self._in_flight -= 1
             if not finished:
                 await self._llm.abort(collector.request_id, internal=True)
+                self._record(record_id).cancel()  # vLLM may have finished it already: the worker then holds a record
             collector.close()
         if record.stop_code == BAD_LOGITS:
             raise RunError(
@@ -163,6 +167,13 @@ class RolloutEngine:
         return request.max_cot_tokens + max(map(len, self._prefills)) + request.max_answer_tokens
 
     def _require_fits(self, request: SampleRequest) -> None:
+        for key in ("max_cot_tokens", "max_answer_tokens"):
+            asked, most = getattr(request, key), getattr(self.config.policy, key)
+            if asked > most:
+                raise InputError(
+                    f"{self.name}: prompt {request.prompt_index} asks for {key} = {asked}, the engine was started for "
+                    f"policy.{key} = {most}; raise it, or ask for fewer"
+                )
         needed, room = len(request.prompt_ids) + self._most_generated(request), self.config.engine.max_model_len
         if needed > room:
             raise InputError(
@@ -170,10 +181,11 @@ class RolloutEngine:
                 f"answer, engine.max_model_len is {room}; raise it, or shorten the prompt"
             )
 
-    async def _take(self, record_id: str) -> SlotRecord:
+    def _record(self, record_id: str) -> asyncio.Future[SlotRecord]:
+        """The worker's record of a request, once `_collect` has fetched it; cancelled, the record is fetched and dropped."""
         future: asyncio.Future[SlotRecord] = asyncio.get_running_loop().create_future()
         self._finished.put_nowait((record_id, future))
-        return await future
+        return future
 
     async def _collect(self) -> None:
         """Fetch finished records in batches: whatever has queued up while the last fetch ran goes into the next."""
@@ -222,6 +234,7 @@ class RolloutEngine:
     # ------------------------------------------------------------------ weights
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Open the transfer; `init_info` are the fields of the backend's own init info (learner/push.py)."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
@@ -232,6 +245,7 @@ class RolloutEngine:
         await self._llm.start_weight_update()
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive and load tensors of the open update; `update_info` are the fields of the backend's own update info."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
@@ -270,6 +284,7 @@ class RolloutEngine:
         return {"preemptions": self._preemptions, "in_flight": self._in_flight, **json.loads(reports[0])}
 
     async def stop(self) -> None:
+        """End vLLM's processes."""
         if self._collector is not None:
             self._collector.cancel()
         if self._llm is not None:
@@ -282,9 +297,7 @@ class RolloutEngine:
 
         engine = self.config.engine
         on_gpu = torch.cuda.is_available()
-        backend = self.config.push.backend
-        if backend is PushBackend.auto:
-            backend = PushBackend.nccl if on_gpu else PushBackend.shm
+        backend = self.config.push.backend.resolved(on_gpu)
         kv_cache_gib = engine.kv_cache_gib if engine.kv_cache_gib is not None or on_gpu else 2.0
         return AsyncEngineArgs(
             model=self.model_dir,

@@ -16,7 +16,7 @@ The JSON file is written last and removed first, so a pair that is there is whol
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,15 +115,6 @@ def write_rollouts(
     return path
 
 
-def read_rollouts(folder: Path) -> Iterator[list[Group]]:
-    """The groups of each file of a folder, in the order of the files' names; one file is in memory at a time.
-
-    Raises InputError naming file and key for a missing file or array, or one whose shape, dtype or offsets do not fit.
-    """
-    for file in list_rollouts(folder):
-        yield read_groups(file)
-
-
 def list_rollouts(folder: Path) -> list[RolloutFile]:
     """The descriptions of all rollout files of a folder, by name. Raises InputError when there is none, or half of one."""
     if not folder.is_dir():
@@ -138,7 +129,7 @@ def list_rollouts(folder: Path) -> list[RolloutFile]:
 
 
 def read_groups(file: RolloutFile) -> list[Group]:
-    """The groups of one file. Raises InputError as `read_rollouts` does."""
+    """The groups of one file. Raises InputError naming file and key for a missing array, or one that does not fit the others."""
     samples = iter(_read_samples(file))
     return [
         Group(step=step, prompt_index=prompt, samples=tuple(next(samples) for _ in range(size)))
@@ -158,6 +149,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def cannot_write(path: Path, error: Exception) -> RunError:
+    """The error to raise when `path` could not be written because of `error`: one line with its reason."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip().partition("\n")[0]
     return RunError(f"{path}: cannot be written ({reason}); free some space or choose a folder that can be written")
 

@@ -12,7 +12,6 @@ import queue
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -34,6 +33,8 @@ INTEGER = re.compile(r"[+-]?(?:[0-9]{1,18}|[0-9]{1,3}(?:,[0-9]{3}){1,5})")
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
+    """What an answer is worth."""
+
     reward: float  # 100, 10 or 0
     correct: bool
     timed_out: bool = False  # the check did not end: it ran past the deadline, or killed its process twice; counted as wrong
@@ -88,12 +89,13 @@ def quick_verdict(gold: str, answer: str | None) -> Verdict | None:
 
 
 def judged(correct: bool, timed_out: bool = False) -> Verdict:
+    """The verdict on a boxed answer: 100 or 10."""
     return Verdict(REWARD_RIGHT if correct else REWARD_WRONG, correct, timed_out)
 
 
 class Scorer:
-    """Scores answers, many at a time, from asyncio or from ordinary code. Each of the `workers` checking processes starts when
-    it is first needed, so a task of plain integers starts none. `deadline_s` is per check, without the wait for a turn."""
+    """Scores answers, many at a time. Each of the `workers` checking processes starts when it is first needed, so a task of
+    plain integers starts none. `deadline_s` is per check, without the wait for a turn."""
 
     def __init__(self, workers: int | None = None, deadline_s: float = 5.0):
         count = workers or max(1, min(8, (os.cpu_count() or 2) // 2))
@@ -108,15 +110,6 @@ class Scorer:
         if (quick := quick_verdict(gold, answer)) is not None:
             return quick
         return await asyncio.wrap_future(self._threads.submit(self._check, gold, answer or ""))
-
-    def score_many(self, answers: Iterable[tuple[str, str | None, bool]]) -> list[Verdict]:
-        """`score` of every (gold, answer_text, closed), in order, without an event loop."""
-
-        def one(item: tuple[str, str | None, bool]) -> Verdict:
-            gold, answer = item[0], boxed_answer(item[1], item[2])
-            return quick_verdict(gold, answer) or self._check(gold, answer or "")
-
-        return list(self._threads.map(one, answers))
 
     def close(self) -> None:
         """End every checking process; checks under way finish first."""

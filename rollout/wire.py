@@ -28,10 +28,12 @@ class AttachSpec:
     max_answer_tokens: int
 
     def to_json(self) -> str:
+        """What `from_json` reads back into an equal spec."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> "AttachSpec":
+        """The inverse of `to_json`."""
         fields = json.loads(text)
         return AttachSpec(**{**fields, "prefills": tuple(fields["prefills"])})  # JSON knows no tuples
 
@@ -54,6 +56,7 @@ def request_options(request: SampleRequest, record_id: str) -> dict[str, Any]:
 
 
 def slot_request(options: dict[str, Any], prompt_length: int) -> SlotRequest:
+    """What `request_options` put under EXTRA_ARG, as the state machine takes it; `prompt_length` is vLLM's own count."""
     fields = {k: v for k, v in options.items() if k != "record_id"}
     return SlotRequest(prompt_length=prompt_length, **{**fields, "mode": Mode(fields["mode"])})
 

@@ -7,6 +7,8 @@ import torch
 import vllm
 from transformers import AutoTokenizer
 
+from configs.errors import InputError
+from kernels.soft_embedding import rms
 from rollout import adapter_v1
 from rollout.soft_decoding import SoftDecoder
 from rollout.token_tables import build_token_tables
@@ -19,8 +21,16 @@ class SoftWorkerExtension:
     model_runner: Any
 
     def softrl_attach(self, spec_json: str) -> str:
-        """Install the soft decoder in this worker's model runner; returns a JSON report of what is now running."""
-        spec = AttachSpec.from_json(spec_json)
+        """Install the soft decoder in this worker's model runner; returns a JSON report of what is now running.
+
+        For a model or tokenizer it cannot decode with: {"error": the reason}, because vLLM's RPC loses the type of an exception.
+        """
+        try:
+            return json.dumps(self._attach(AttachSpec.from_json(spec_json)))
+        except InputError as error:
+            return json.dumps({"error": str(error)})
+
+    def _attach(self, spec: AttachSpec) -> dict[str, Any]:
         model = self.model_runner.get_model()
         embedding, head = input_embedding(model), output_head(model)
         vocab_size = self.model_runner.model_config.get_vocab_size()
@@ -36,18 +46,16 @@ class SoftWorkerExtension:
             head=head,
         )
         adapter_v1.attach(self.model_runner, decoder)
-        return json.dumps(
-            {
-                "adapter": "v1",
-                "runner": type(self.model_runner).__name__,
-                "vllm": vllm.__version__,
-                "dtype": str(embedding.dtype).removeprefix("torch."),
-                "tied": embedding.data_ptr() == head.data_ptr(),
-                "vocab_size": vocab_size,
-                "rms_embedding": rms(embedding[:vocab_size]),
-                "threads": torch.get_num_threads(),
-            }
-        )
+        return {
+            "adapter": "v1",
+            "runner": type(self.model_runner).__name__,
+            "vllm": vllm.__version__,
+            "dtype": str(embedding.dtype).removeprefix("torch."),
+            "tied": embedding.data_ptr() == head.data_ptr(),
+            "vocab_size": vocab_size,
+            "rms_embedding": rms(embedding[:vocab_size]),
+            "threads": torch.get_num_threads(),
+        }
 
     def softrl_take(self, record_ids: list[str]) -> bytes:
         """Finished records as one safetensors blob (rollout.wire); each is handed out once."""
@@ -59,30 +67,25 @@ class SoftWorkerExtension:
         decoder.embedding, decoder.head = input_embedding(model), output_head(model)
 
     def softrl_stats(self) -> str:
+        """What is held now, as JSON: slots, which vLLM frees with its next batch, and records that nobody has taken."""
         runner = self.model_runner
         slots = len(runner.softrl_decoder.phase)
         return json.dumps({"slots_used": slots - runner.softrl_decoder.free_slots, "records_untaken": len(runner.softrl_finished)})
 
 
 def input_embedding(model: Any) -> torch.Tensor:
-    """[V', n0], the rows that the mixture is made of. Raises ValueError where the model has none that we can find."""
+    """[V', n0], the rows that the mixture is made of. Raises InputError where the model has none that we can find."""
     for module in (getattr(model, "model", None), getattr(getattr(model, "language_model", None), "model", None), model):
         embed = getattr(module, "embed_tokens", None)
         if embed is not None:
             return embed.weight.data
-    raise ValueError(f"{type(model).__name__}: no input embedding found at model.embed_tokens; this architecture is not supported")
+    raise InputError(f"{type(model).__name__} is not supported: vLLM's class has no input embedding at model.embed_tokens")
 
 
 def output_head(model: Any) -> torch.Tensor:
-    """[V', d], the rows of the LM head, tied or not."""
+    """[V', d], the rows of the LM head, tied or not. Raises InputError where the model has none that we can find."""
     for module in (model, getattr(model, "language_model", None)):
         head = getattr(module, "lm_head", None)
         if head is not None and getattr(head, "weight", None) is not None:
             return head.weight.data
-    raise ValueError(f"{type(model).__name__}: no LM head found at lm_head; this architecture is not supported")
-
-
-def rms(matrix: torch.Tensor) -> float:
-    """Root mean square over all entries, in float64, a block of rows at a time."""
-    total = sum(float(block.double().square().sum()) for block in matrix.split(8192))
-    return (total / matrix.numel()) ** 0.5
+    raise InputError(f"{type(model).__name__} is not supported: vLLM's class has no LM head at lm_head")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from configs.errors import InputError
 from configs.load import COMMAND_LINE, config_hash, dump_config, load_config
-from configs.schema import Advantage, Config, Dtype, Mode
+from configs.schema import Advantage, Config, Dtype, Mode, PushBackend
 
 Write = Callable[..., Path]
 
@@ -238,3 +238,10 @@ def test_files_that_extend_each_other_are_refused(write: Write) -> None:
 def test_a_mistake_in_a_base_is_named_there(write: Write) -> None:
     base = write("run:\n  steps: 0", "base.yaml")
     assert refusal(write("extends: base.yaml")).startswith(f"{base}:2: run.steps = 0: expected")
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_auto_pushes_with_nccl_where_there_are_gpus_and_through_memory_elsewhere(on_gpu: bool) -> None:
+    found = {backend: backend.resolved(on_gpu) for backend in PushBackend}
+    assert found.pop(PushBackend.auto) is (PushBackend.nccl if on_gpu else PushBackend.shm)
+    assert all(resolved is backend for backend, resolved in found.items())

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta
 
-from cluster.placement import placed
+from cluster.learners import Learners
+from cluster.placement import Cluster, placed
 from cluster.rollouts import Rollouts
+from cluster.waits import named
 from configs.load import load_config
 from configs.schema import Config
 from learner.push import EngineClient, LearnerSource, SharedMemoryTrainer, SharedMemoryTrainerInfo
@@ -96,16 +98,25 @@ def rig(ray_cluster: None, tiny_llama: Path) -> Iterator[Rig]:
     config = tiny_config(tiny_llama)
     with placed(config, str(tiny_llama)) as cluster, Scorer(workers=1) as scorer:
         engine, learner = cluster.engines[0], cluster.learners[0]
-        started = engine.start.remote()
-        host, port = ray.get(learner.address.remote(), timeout=DEADLINE_S)
-        ray.get(learner.start.remote(host, port), timeout=DEADLINE_S)
-        report = ray.get(started, timeout=DEADLINE_S)
-        sigma = config.policy.gamma * report["rms_embedding"]
-        rollouts = Rollouts(config, [engine], load_tokenizer(str(tiny_llama)), scorer, sigma)
+        rollouts, report = start(config, tiny_llama, cluster, scorer)
         rig = Rig(config, tiny_llama, engine, learner, report, rollouts)
         fixed = [rollouts.prompt_ids(problem) for problem in problems(4)]
         rig.call(learner.connect.remote([engine], fixed))
         yield rig
+
+
+def start(config: Config, model_dir: Path, cluster: Cluster, scorer: Scorer) -> tuple[Rollouts, dict[str, Any]]:
+    """Start the engine and the learner side by side, as a run does."""
+
+    async def both() -> tuple[Rollouts, dict[str, Any]]:
+        learners = Learners(cluster.learners, named, DEADLINE_S)
+        tokenizer = load_tokenizer(str(model_dir))
+        (rollouts, reports), _ = await asyncio.gather(
+            Rollouts.start(config, problems(8), cluster.engines, tokenizer, scorer, named), learners.start(DEADLINE_S)
+        )
+        return rollouts, reports[0]
+
+    return asyncio.run(both())
 
 
 def problems(count: int) -> list[Problem]:

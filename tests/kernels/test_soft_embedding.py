@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels import soft_embedding
 from kernels.noise import normal_rows
-from kernels.soft_embedding import SupportBatch, bad_rows, dense_mean, mix, rebuild, select_support
+from kernels.soft_embedding import SupportBatch, bad_rows, dense_mean, mix, rebuild, rms, select_support
 
 THRESHOLD = 1e-6
 TAUS = torch.tensor([1e-4, 1e-3, 1e-2, 0.1, 0.5, 1.0, 2.0])
@@ -212,6 +212,14 @@ def test_no_rows_and_empty_rows():
         assert mix(none.ids, none.probs, none.offsets, embedding, dtype).shape == (0, 4)
         means = mix(ids, probs, torch.tensor([0, 0, 1, 1]), embedding, dtype)
         assert torch.equal(means[[0, 2]], torch.zeros(2, 4)) and torch.equal(means[1], embedding[3].to(dtype).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_is_over_all_entries_without_rounding(dtype, monkeypatch):
+    monkeypatch.setattr(soft_embedding, "RMS_ROWS", 7)  # so that there are several blocks, the last one smaller
+    embedding = torch.randn(30, 5).to(dtype)
+    embedding[11] *= 1e4
+    assert rms(embedding) == pytest.approx(float(embedding.double().square().mean().sqrt()), rel=1e-14)
 
 
 def test_wrong_inputs_are_named():

@@ -13,21 +13,8 @@ from torch import Tensor
 
 from configs.schema import Mode
 from kernels.noise import STREAM_ANSWER, STREAM_COT, normal_rows, uniform_rows
-from rollout.soft_decoding import (
-    AFTER_PHRASE,
-    ANSWER,
-    AT_LIMIT,
-    BAD_LOGITS,
-    CLOSED,
-    COT,
-    DONE,
-    EOS,
-    LENGTH,
-    PREFILL,
-    RUNNING,
-    SlotRequest,
-    SoftDecoder,
-)
+from rollout import soft_decoding as machine
+from rollout.soft_decoding import SlotRequest, SoftDecoder
 from rollout.token_tables import TokenTables, brace_tables, pad_pieces, phrase_table
 
 PHRASE = b"so: "
@@ -152,23 +139,23 @@ class Told:
     mixtures: list[NDArray[np.float64]] = field(default_factory=list)  # [V] per CoT step, when not hard
     answer_ids: list[int] = field(default_factory=list)
     answer_logprobs: list[float] = field(default_factory=list)
-    prefill_kind: int = AT_LIMIT
-    stop_code: int = RUNNING
+    prefill_kind: int = machine.AT_LIMIT
+    stop_code: int = machine.RUNNING
 
 
 def decode_slowly(toy: Toy, story: Story) -> Told:
-    request, told, phase = story.request, Told(), COT
+    request, told, phase = story.request, Told(), machine.COT
     embedding = toy.embedding[:VOCABULARY].double().numpy()
     exact_head = toy.head[:VOCABULARY].double().numpy()
     forced: list[int] = []
     k = 0
-    while phase != DONE:
+    while phase != machine.DONE:
         logits = story.logits(toy, k)[:VOCABULARY].double().numpy()
-        if phase != PREFILL and k == story.bad_at:
-            told.stop_code = BAD_LOGITS
-            told.phases.append(DONE)
+        if phase != machine.PREFILL and k == story.bad_at:
+            told.stop_code = machine.BAD_LOGITS
+            told.phases.append(machine.DONE)
             break
-        if phase == COT:
+        if phase == machine.COT:
             position = request.prompt_length + k
             exact_logits = exact_head @ story.hidden[k].double().numpy()
             if request.mode is Mode.hard:
@@ -182,16 +169,16 @@ def decode_slowly(toy: Toy, story: Story) -> Told:
                 told.mixtures.append(mixture)
             told.shadow_ids.append(token)
             if b"".join(PIECES[i] for i in told.shadow_ids).endswith(PHRASE):
-                phase, told.prefill_kind = PREFILL, AFTER_PHRASE
+                phase, told.prefill_kind = machine.PREFILL, machine.AFTER_PHRASE
             elif len(told.shadow_ids) == request.max_cot_tokens:
-                phase, told.prefill_kind = PREFILL, AT_LIMIT
-            if phase == PREFILL:
+                phase, told.prefill_kind = machine.PREFILL, machine.AT_LIMIT
+            if phase == machine.PREFILL:
                 forced = list(PREFILLS[told.prefill_kind])
-        elif phase == PREFILL:
+        elif phase == machine.PREFILL:
             token = forced.pop(0)
             fed = embedding[token]
             if not forced:
-                phase = ANSWER
+                phase = machine.ANSWER
         else:
             position = request.prompt_length + len(told.answer_ids)
             token = draw(logits, request.answer_temperature, request.seed, position, STREAM_ANSWER)
@@ -199,11 +186,11 @@ def decode_slowly(toy: Toy, story: Story) -> Told:
             told.answer_ids.append(token)
             told.answer_logprobs.append(float(np.log(softmax(logits)[token])))
             told.stop_code = why_it_ends(told.answer_ids, request.max_answer_tokens)
-            if told.stop_code != RUNNING:
-                phase = DONE
+            if told.stop_code != machine.RUNNING:
+                phase = machine.DONE
         told.true_ids.append(token)
         told.phases.append(phase)
-        if phase != DONE:
+        if phase != machine.DONE:
             told.inputs.append(fed)
         k += 1
     return told
@@ -216,10 +203,10 @@ def why_it_ends(answer: list[int], limit: int) -> int:
         depth += 0 if escaped else {ord("{"): 1, ord("}"): -1}.get(byte, 0)
         escaped = byte == ord("\\") and not escaped
         if depth == 0:
-            return CLOSED
+            return machine.CLOSED
     if answer[-1] in EOS_IDS:
-        return EOS
-    return LENGTH if len(answer) == limit else RUNNING
+        return machine.EOS
+    return machine.LENGTH if len(answer) == limit else machine.RUNNING
 
 
 def draw(logits: NDArray[np.float64], tau: float, seed: int, position: int, stream: int) -> int:

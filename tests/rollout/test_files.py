@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import InputError, RunError
 from configs.schema import Dtype, Mode
-from rollout.files import list_rollouts, read_rollouts, write_rollouts
+from rollout.files import list_rollouts, read_groups, write_rollouts
 from rollout.trajectory import Group, Sample, Trajectory
 
 WIDTH = 6  # n0
@@ -77,6 +77,11 @@ def write(folder: Path, groups: list[Group], name: str = "step_000040", dtype: D
     return write_rollouts(folder, name, groups, model="org/model", weight_version=3, config_hash="abc", engine_dtype=dtype)
 
 
+def read(folder: Path) -> list[list[Group]]:
+    """The groups of each file of a folder."""
+    return [read_groups(file) for file in list_rollouts(folder)]
+
+
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, np.ndarray):
         return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
@@ -100,7 +105,7 @@ LENGTHS = [[3, 1], [0, 5], [2]]
 def test_what_is_read_is_what_was_written(tmp_path: Path, modes: list[Mode], full: Dtype | None) -> None:
     groups = batch(0, LENGTHS, modes, full)
     write(tmp_path, groups, dtype=full or Dtype.bfloat16)
-    (back,) = read_rollouts(tmp_path)
+    (back,) = read(tmp_path)
     assert_equal(groups, back)
 
 
@@ -112,14 +117,14 @@ def test_any_shape_of_batch_comes_back(
     folder = tmp_path_factory.mktemp("rollouts")
     groups = batch(seed, cots, [Mode.soft, Mode.hard], Dtype.bfloat16 if full else None)
     write(folder, groups)
-    (back,) = read_rollouts(folder)
+    (back,) = read(folder)
     assert_equal(groups, back)
 
 
 def test_compact_and_full_records_lie_side_by_side(tmp_path: Path) -> None:
     compact, full = batch(1, [[3, 0]], [Mode.soft]), batch(2, [[2, 0, 4]], [Mode.fuzzy], Dtype.bfloat16)
     write(tmp_path, compact + full)
-    (back,) = read_rollouts(tmp_path)
+    (back,) = read(tmp_path)
     assert_equal(compact + full, back)
 
 
@@ -129,7 +134,7 @@ def test_files_come_in_the_order_of_steps_with_their_description(tmp_path: Path)
     described = list_rollouts(tmp_path)
     assert [file.path.stem for file in described] == ["step_000009", "step_000010", "step_000100"]
     assert {(f.model, f.weight_version, f.config_hash, f.engine_dtype) for f in described} == {("org/model", 3, "abc", "bfloat16")}
-    assert [len(groups) for groups in read_rollouts(tmp_path)] == [1, 1, 1]
+    assert [len(groups) for groups in read(tmp_path)] == [1, 1, 1]
     assert not [path for path in tmp_path.iterdir() if path.suffix not in (".json", ".safetensors")]
 
 
@@ -144,7 +149,7 @@ def test_writing_a_name_again_replaces_both_halves(tmp_path: Path) -> None:
     write(tmp_path, batch(4, [[2]], [Mode.soft]))
     second = batch(5, [[4, 1]], [Mode.hard])
     write(tmp_path, second)
-    (back,) = read_rollouts(tmp_path)
+    (back,) = read(tmp_path)
     assert_equal(second, back)
 
 
@@ -174,7 +179,7 @@ def test_an_array_that_does_not_fit_is_named(tmp_path: Path, key: str, tensor: t
     write(tmp_path, batch(6, LENGTHS, [Mode.soft], Dtype.bfloat16))
     damage_array(tmp_path / "step_000040.safetensors", **{key: tensor})
     with pytest.raises(InputError, match=rf"step_000040.safetensors: {key}: .*{says}"):
-        list(read_rollouts(tmp_path))
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +217,7 @@ def test_folders_and_files_that_are_no_rollouts(tmp_path: Path) -> None:
     path.write_text(text)
     arrays.write_bytes(arrays.read_bytes()[:-3])
     with pytest.raises(InputError, match=r"step_000040.safetensors: not a readable safetensors file"):
-        list(read_rollouts(tmp_path))
+        read(tmp_path)
 
 
 @contextmanager

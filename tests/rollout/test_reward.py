@@ -28,6 +28,15 @@ def scorer() -> Iterator[Scorer]:
         yield scorer
 
 
+def score(scorer: Scorer, *answers: tuple[str, str | None, bool]) -> list[Verdict]:
+    """The verdicts on (gold, answer text, closed), all asked for at once, in order."""
+
+    async def all_at_once() -> list[Verdict]:
+        return await asyncio.gather(*(scorer.score(*answer) for answer in answers))
+
+    return asyncio.run(all_at_once())
+
+
 def checkers() -> dict[int, psutil.Process]:
     """This process's checking processes by process id."""
     children = psutil.Process().children()
@@ -96,14 +105,14 @@ def test_nothing_boxed_is_worth_nothing(text: str | None, closed: bool) -> None:
     ],
 )
 def test_verdicts(scorer: Scorer, gold: str, answer: str, verdict: Verdict) -> None:
-    assert scorer.score_many([(gold, answer, True)]) == [verdict]
+    assert score(scorer, (gold, answer, True)) == [verdict]
 
 
 @pytest.mark.parametrize(
     "answer", ["\ud800", "\0", "\u202e17", "\\" * 99, "\\frac" * 20, "{" * 8 + "}" * 8, "\u0661\u0667", "∞", "0/0"]
 )
 def test_strange_answers_are_judged_and_wrong(scorer: Scorer, answer: str) -> None:
-    assert scorer.score_many([("3", f"{answer}}}", True)])[0] == WRONG
+    assert score(scorer, ("3", f"{answer}}}", True)) == [WRONG]
 
 
 @given(st.integers(-(10**6), 10**6), st.integers(-2, 2))
@@ -115,49 +124,44 @@ def test_plain_integers_need_no_algebra(number: int, error: int) -> None:
 def test_a_task_of_integers_starts_no_process() -> None:
     before = len(checkers())
     with Scorer(workers=2) as own:
-        assert own.score_many([("17", "17}", True), ("17", "18}", True), ("17", None, False)]) == [RIGHT, WRONG, NOTHING]
+        assert score(own, ("17", "17}", True), ("17", "18}", True), ("17", None, False)) == [RIGHT, WRONG, NOTHING]
         assert len(checkers()) == before
 
 
-def test_many_at_once_from_asyncio_keep_their_order(scorer: Scorer) -> None:
-    async def score_all() -> list[Verdict]:
-        return await asyncio.gather(*(scorer.score("\\frac{1}{2}", f"{i}/8}}", True) for i in range(24)))
-
-    assert [i for i, verdict in enumerate(asyncio.run(score_all())) if verdict.correct] == [4]
+def test_many_at_once_keep_their_order(scorer: Scorer) -> None:
+    verdicts = score(scorer, *(("\\frac{1}{2}", f"{i}/8}}", True) for i in range(24)))
+    assert [i for i, verdict in enumerate(verdicts) if verdict.correct] == [4]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not at hand")
 def test_gsm8k_gold_answers_score_and_their_neighbours_do_not(scorer: Scorer) -> None:
     gold = [p.answer for p in load_task({"path": str(SHARED / "gsm8k/test.jsonl"), "question": "question", "answer": "answer"})]
-    assert set(scorer.score_many((g, g + "}", True) for g in gold)) == {RIGHT}
-    assert set(scorer.score_many((g, f"{float(g) + 1:g}}}" if "." in g else f"{int(g) + 1}}}", True) for g in gold)) == {WRONG}
+    neighbours = [f"{float(g) + 1:g}}}" if "." in g else f"{int(g) + 1}}}" for g in gold]
+    assert set(score(scorer, *((g, g + "}", True) for g in gold))) == {RIGHT}
+    assert set(score(scorer, *((g, other, True) for g, other in zip(gold, neighbours, strict=True)))) == {WRONG}
 
 
 # --- processes that hang, die, or cannot start -----------------------------------------------------------------------
 
 
 def test_a_hanging_answer_is_cut_and_everything_else_goes_on() -> None:
-    async def score_all(own: Scorer) -> list[Verdict]:
-        easy = [own.score("\\frac{1}{2}", "2/4}", True) for _ in range(6)]
-        return await asyncio.gather(own.score("17", HANGS + "}", True), *easy)
-
     with Scorer(workers=2, deadline_s=1.5) as own:
-        own.score_many([("\\frac{1}{2}", "2/4}", True)] * 2)  # so that starting is not in the time below
+        score(own, *[("\\frac{1}{2}", "2/4}", True)] * 2)  # so that starting is not in the time below
         start = time.monotonic()
-        hung, *easy = asyncio.run(score_all(own))
+        hung, *easy = score(own, ("17", HANGS + "}", True), *[("\\frac{1}{2}", "2/4}", True)] * 6)
         assert hung == Verdict(10.0, False, timed_out=True)
         assert set(easy) == {RIGHT}
         assert 1.5 <= time.monotonic() - start < 20
-        assert own.score_many([("\\frac{1}{2}", "0.5}", True)] * 4) == [RIGHT] * 4
+        assert score(own, *[("\\frac{1}{2}", "0.5}", True)] * 4) == [RIGHT] * 4
 
 
 def test_a_checker_that_was_killed_is_replaced() -> None:
     others = checkers().keys()
     with Scorer(workers=1) as own:
-        assert own.score_many([("\\frac{1}{2}", "0.5}", True)]) == [RIGHT]
+        assert score(own, ("\\frac{1}{2}", "0.5}", True)) == [RIGHT]
         (first,) = checkers().keys() - others
         psutil.Process(first).kill()
-        assert own.score_many([("\\frac{1}{2}", "0.5}", True)]) == [RIGHT]
+        assert score(own, ("\\frac{1}{2}", "0.5}", True)) == [RIGHT]
         (second,) = checkers().keys() - others
     assert first != second
     assert checkers().keys() == others  # closing ends them
@@ -176,16 +180,16 @@ def test_an_answer_that_kills_every_checker_is_wrong(monkeypatch: pytest.MonkeyP
     )
     monkeypatch.setattr(reward, "VERIFIER", fragile)
     with Scorer(workers=1) as own:
-        verdicts = own.score_many([("1/2", "0.5}", True), ("1/2", "bomb}", True), ("1/2", "0.5}", True)])
+        verdicts = score(own, ("1/2", "0.5}", True), ("1/2", "bomb}", True), ("1/2", "0.5}", True))
     assert verdicts == [RIGHT, Verdict(10.0, False, timed_out=True), RIGHT]
 
 
 def test_checkers_load_no_torch_and_die_with_their_parent() -> None:
     script = (
-        "import os, time\n"
+        "import asyncio, os\n"
         "from rollout.reward import Scorer\n"
         "scorer = Scorer(workers=1)\n"
-        "scorer.score_many([('1/2', '0.5}', True)])\n"
+        "asyncio.run(scorer.score('1/2', '0.5}', True))\n"
         "pid = scorer._idle.queue[0]._process.pid\n"
         "print(pid, 'torch' in open(f'/proc/{pid}/maps').read(), flush=True)\n"
         "os._exit(1)\n"
@@ -202,4 +206,4 @@ def test_a_checker_that_cannot_start_is_one_clear_line(monkeypatch: pytest.Monke
     broken.write_text("raise SystemExit(1)")
     monkeypatch.setattr(reward, "VERIFIER", broken)
     with Scorer(workers=1) as own, pytest.raises(RunError, match="does not start: it ended at once"):
-        own.score_many([("1/2", "0.5}", True)])
+        score(own, ("1/2", "0.5}", True))

@@ -1,0 +1,161 @@
+"""The engine actor and the real worker side, with vLLM between them left out: what is refused, and that nothing is left behind."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from configs.errors import InputError
+from configs.load import load_config
+from configs.schema import Config, Mode
+from rollout.adapter_v1 import SoftModelRunner
+from rollout.engine import RolloutEngine
+from rollout.models import SMOLLM2, resolve_model
+from rollout.plugin import EXTRA_ARG
+from rollout.soft_decoding import DONE
+from rollout.trajectory import SampleRequest
+from rollout.wire import slot_request
+from rollout.worker_extension import SoftWorkerExtension
+
+DEADLINE_S = 20
+VOCABULARY = 49152  # SmolLM2's, whose tokenizer is used
+
+
+def llama() -> nn.Module:
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1)
+    return LlamaForCausalLM(config)
+
+
+class Runner:
+    """What soft decoding is mixed into; its requests are never scheduled."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.get_model = lambda: model
+        self.model_config = SimpleNamespace(get_vocab_size=lambda: VOCABULARY)
+
+    def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
+        pass
+
+
+class Vllm:
+    """One worker behind the calls that RolloutEngine makes. A request is decoded whole when it is added; nobody hears of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.worker = SoftWorkerExtension()
+        self.worker.model_runner = Runner(model)
+        self.decoded = asyncio.Event()
+
+    @property
+    def runner(self) -> SoftModelRunner:
+        return self.worker.model_runner
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        return [getattr(self.worker, method)(*args)]
+
+    async def add_request(self, request_id: str, prompt: dict[str, Any], params: Any) -> Any:
+        options, decoder = params.extra_args[EXTRA_ARG], self.runner.softrl_decoder
+        slot = decoder.admit(slot_request(options, len(prompt["prompt_token_ids"])))
+        self.runner.softrl_slots[request_id], self.runner.softrl_record_ids[request_id] = slot, options["record_id"]
+        while decoder.phase[slot] != DONE:
+            decoder.advance(torch.tensor([slot]), torch.randn(1, VOCABULARY), torch.zeros(1, 32))
+        self.runner._on_request_state_removed(request_id, None)
+        self.decoded.set()
+        return SimpleNamespace(request_id=request_id, get=asyncio.Event().wait, close=lambda: None)
+
+    async def abort(self, request_id: str, internal: bool) -> None:
+        """Too late: the request has left."""
+
+    async def pause_generation(self, **_: Any) -> None: ...
+
+    async def resume_generation(self) -> None: ...
+
+    def shutdown(self) -> None: ...
+
+
+@pytest.fixture
+def config() -> Config:
+    recipe = Path(__file__).parents[2] / "configs" / "demo.yaml"
+    return load_config(recipe, ["engine.max_num_seqs=4", "policy.max_cot_tokens=6", "policy.max_answer_tokens=3"])
+
+
+def start(config: Config, model: nn.Module, monkeypatch: pytest.MonkeyPatch, model_dir: Path | None = None) -> RolloutEngine:
+    monkeypatch.setattr(AsyncLLM, "from_engine_args", lambda *_, **__: Vllm(model))
+    return RolloutEngine(config, str(model_dir or resolve_model(SMOLLM2)))
+
+
+def a_request(**fields: Any) -> SampleRequest:
+    usual: dict[str, Any] = {
+        "prompt_ids": np.arange(5, dtype=np.int32), "prompt_index": 8, "sample_index": 0, "mode": Mode.soft, "tau": 0.5,
+        "sigma": 0.1, "seed": 3, "max_cot_tokens": 6, "max_answer_tokens": 3, "answer_temperature": 1.0,
+    }  # fmt: skip
+    return SampleRequest(**usual | fields)
+
+
+def test_a_model_without_the_matrices_that_soft_decoding_needs_is_bad_input(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=1))
+    with pytest.raises(InputError) as refused:
+        asyncio.run(start(config, model, monkeypatch).start())
+    assert str(refused.value) == (
+        "model.path: smollm2-135m: GPT2LMHeadModel is not supported: vLLM's class has no input embedding at model.embed_tokens"
+    )
+
+
+def test_a_tokenizer_whose_bytes_cannot_be_told_is_bad_input(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(resolve_model(SMOLLM2))
+    tokenizer.backend_tokenizer.decoder = None  # type: ignore[assignment]
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"^model\.path: smollm2-135m: tokenizer decoder None: expected ByteLevel or ByteFallback"):
+        asyncio.run(start(config, llama(), monkeypatch, tmp_path).start())
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"max_cot_tokens": 7}, r"prompt 8 asks for max_cot_tokens = 7, .* policy\.max_cot_tokens = 6; raise it"),
+        ({"max_answer_tokens": 4}, r"prompt 8 asks for max_answer_tokens = 4, .* policy\.max_answer_tokens = 3; raise it"),
+        ({"prompt_ids": np.zeros(250, dtype=np.int32)}, r"prompt 8 has 250 tokens and needs \d+ .* engine\.max_model_len is 256"),
+    ],
+)
+def test_a_request_beyond_what_the_engine_was_started_for_is_refused(
+    config: Config, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], says: str
+) -> None:
+    async def ask() -> None:
+        engine = start(config, llama(), monkeypatch)
+        await engine.start()
+        assert engine._llm.runner.softrl_decoder.shadow_ids.shape == (2 * 4, 6)
+        async for _ in engine.generate([a_request(), a_request(**fields)]):
+            pass
+
+    with pytest.raises(InputError, match=says):
+        asyncio.run(ask())
+
+
+def test_a_record_that_nobody_will_fetch_is_dropped(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller goes away after vLLM has finished a request and before the engine actor has heard of it."""
+
+    async def leave_early() -> None:
+        engine = start(config, llama(), monkeypatch)
+        await engine.start()
+        drawing = asyncio.create_task(anext(engine.generate([a_request()])))
+        await engine._llm.decoded.wait()
+        await asyncio.sleep(0.01)
+        assert engine._llm.runner.softrl_finished.keys() == {"0"}
+        drawing.cancel()
+        await asyncio.gather(drawing, return_exceptions=True)
+        while any((stats := await engine.stats()).values()):
+            await asyncio.sleep(0.01)
+        assert stats == {"preemptions": 0, "in_flight": 0, "slots_used": 0, "records_untaken": 0}
+        await engine.stop()
+
+    asyncio.run(asyncio.wait_for(leave_early(), DEADLINE_S))
