@@ -38,5 +38,6 @@ fi
 # uv does not read pip's configuration: a mirror that is set there counts here too.
 mirror=${PIP_INDEX_URL:-$(pip config get global.index-url 2>/dev/null || true)}
 if [ -n "$mirror" ]; then export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$mirror}"; fi
-.venv/bin/uv pip install --quiet --python .venv/bin/python --editable ".[$extra,dev]"
+# Compiled once here, or every process of the first run would compile vLLM's and torch's modules for itself.
+.venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --editable ".[$extra,dev]"
 say "ready; .venv/bin/softrl doctor looks at this machine"
