@@ -16,6 +16,7 @@ from configs.errors import InputError
 RANGES = {"train": (1, 49), "validation": (1, 49), "test": (1, 49), "far": (50, 99), "times": (2, 12)}
 HELD_OUT = {0: "validation", 1: "test"}  # of TENTHS buckets; the other eight are training's
 TENTHS = 10
+LARGEST_RANGE = 1000  # operands: their square is the number of problems
 
 
 def generate(split: str, parameters: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -25,6 +26,8 @@ def generate(split: str, parameters: Mapping[str, str]) -> list[tuple[str, str]]
         raise InputError(f"task: arithmetic: unknown parameter {sorted(unknown)[0]!r}; expected low or high")
     if not 0 <= low <= high:
         raise InputError(f"task: arithmetic: expected 0 <= low <= high, got low={low}, high={high}")
+    if high - low >= LARGEST_RANGE:
+        raise InputError(f"task: arithmetic: low={low}, high={high}: expected at most {LARGEST_RANGE:,} numbers; narrow the range")
     pairs = [(a, b) for a in range(low, high + 1) for b in range(low, high + 1)]
     if split == "times":
         problems = [(f"What is {a} * {b}?", str(a * b)) for a, b in pairs]

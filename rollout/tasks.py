@@ -2,16 +2,22 @@
 
     "gsm8k", "gsm8k:validation", "math500:test" ...      built in, from the hub (BUILT_IN)
     "arithmetic:train?low=1&high=49"                     built in, generated (arithmetic.py)
-    {path, question, answer[, split, config]}            a .jsonl, .json or .parquet file, or a hub id; the fields' names
+    {path, question, answer[, split, config]}            a file or a hub id (rows.py); the names of the fields
 
 Whatever the source, the answer is what a grader compares: after `####` where a solution ends so (GSM8K), else the last
 \\boxed{...} (MATH), else the field itself.
+
+A set without a validation split of its own gets one, held out of `train` by the hash of the question (`hold_out`): the same
+problems in every run, whatever the order of the rows. A row that cannot be a problem stops the run when it is in a file, which
+its owner can mend; in a hub set it is left out, and what was left out is counted and said.
 """
 
 import difflib
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +28,17 @@ import numpy as np
 from configs.errors import InputError
 from rollout import arithmetic
 from rollout.reward import extract_boxed
+from rollout.rows import FILE_SUFFIXES, Row, file_rows, hub_rows
 
 HELD_OUT = 512  # problems of a training set that make its validation split, when it has no other
-
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+LONGEST_ANSWER = 1000  # characters; what is longer is a solution, and nothing in it says which part to compare
+ID_FIELDS = ("id", "unique_id")  # what data sets call the name of a problem
+SURROGATE = re.compile("[\ud800-\udfff]")
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 TASK_KEYS = {"path", "question", "answer", "split", "config"}
+
+Pair = tuple[str, str]  # (question, answer)
+Report = Callable[[str], None]  # takes one line that the user must see
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +69,16 @@ BUILT_IN = {
     "olympiadbench": HubTask("Hothan/OlympiadBench", "question", "final_answer", {"test": "train"}, config="OE_TO_maths_en_COMP"),
 }
 
-Row = tuple[str, Mapping[str, Any]]  # (where it stands, for messages; the fields)
+
+def say(line: str) -> None:
+    """Show a line on standard error."""
+    print(f"softrl: {line}", file=sys.stderr, flush=True)
 
 
-def load_task(spec: str | Mapping[str, Any]) -> list[Problem]:
-    """All problems of a `task.*` value, in an order that never changes. InputError names the file, line and field at fault."""
-    pairs = _named(spec) if isinstance(spec, str) else _from_fields(spec)
+def load_task(spec: str | Mapping[str, Any], report: Report = say) -> list[Problem]:
+    """All problems of a `task.*` value, in an order that never changes; `report` hears how many rows of a hub set were left out.
+    InputError names the file, line and field at fault."""
+    pairs = _named(spec, report) if isinstance(spec, str) else _from_fields(spec, report)
     if not pairs:
         raise InputError(f"task: {spec}: holds no problems")
     return [Problem(index, question, answer) for index, (question, answer) in enumerate(pairs)]
@@ -84,13 +100,16 @@ def batch_indices(num_problems: int, step: int, prompts_per_step: int, seed: int
 
 
 def final_answer(value: Any) -> str:
-    """What is graded of an answer field: text, number or list of them (OlympiadBench). Empty when there is nothing."""
+    """What is graded of an answer field: text, a number or a list of them (OlympiadBench). Empty when there is nothing."""
     if isinstance(value, list | tuple):
         return ", ".join(filter(None, map(final_answer, value)))
-    text = "" if value is None else str(value)
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # a hole in a Parquet column
+        return ""
+    text = str(value)
     if "####" in text:
-        return text.rpartition("####")[2].strip().replace(",", "")
-    text = extract_boxed(text) or text
+        return THOUSANDS.sub("", text.rpartition("####")[2]).strip()
+    boxed = extract_boxed(text)
+    text = text if boxed is None else boxed
     # Inside the box it is mathematics already: "$3$, $4$" -> "3, 4"; an escaped \$ is money and stays.
     return text.replace("\\$", "\0").replace("$", "").replace("\0", "\\$").strip()
 
@@ -98,7 +117,7 @@ def final_answer(value: Any) -> str:
 # --- named tasks -----------------------------------------------------------------------------------------------------
 
 
-def _named(spec: str) -> list[tuple[str, str]]:
+def _named(spec: str, report: Report) -> list[Pair]:
     name, _, query = spec.partition("?")
     name, _, split = name.partition(":")
     if name == "arithmetic":
@@ -118,8 +137,8 @@ def _named(spec: str) -> list[tuple[str, str]]:
     split = split or next(iter(task.splits))
     has_validation = "train" in task.splits
     _expect_split(spec, split, [*task.splits, "validation"] if has_validation else task.splits)
-    rows = _hub_rows(task.path, task.config, task.splits["train" if split == "validation" else split])
-    pairs = list(_pairs(rows, task.question, task.answer))
+    hub_split = task.splits["train" if split == "validation" else split]
+    pairs = _hub_pairs(hub_rows(task.path, task.config), task.path, hub_split, task.question, task.answer, report)
     return hold_out(pairs, split) if has_validation and split != "test" else pairs
 
 
@@ -128,7 +147,7 @@ def _expect_split(spec: str, split: str, splits: Iterable[str]) -> None:
         raise InputError(f"task: {spec}: no split {split!r}; expected one of {', '.join(splits)}")
 
 
-def hold_out(pairs: list[tuple[str, str]], split: str) -> list[tuple[str, str]]:
+def hold_out(pairs: list[Pair], split: str) -> list[Pair]:
     """The `train` or `validation` side of a training set: the questions with the lowest hashes are held out, 512 of them or an
     eighth of a small set. Equal questions fall on one side. Validation comes in hash order: its first n are a fair sample."""
     ranked = sorted(pairs, key=lambda pair: _hash(pair[0]))
@@ -139,103 +158,90 @@ def hold_out(pairs: list[tuple[str, str]], split: str) -> list[tuple[str, str]]:
 
 
 def _hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(text.encode()).digest()
 
 
 # --- files and hub ids -----------------------------------------------------------------------------------------------
 
 
-def _from_fields(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _from_fields(spec: Mapping[str, Any], report: Report) -> list[Pair]:
     if unknown := set(spec) - TASK_KEYS:
         raise InputError(f"task: unknown key {sorted(unknown)[0]!r}; expected path, question, answer and perhaps split, config")
     for key in ("path", "question", "answer"):
         if not isinstance(spec.get(key), str):
             raise InputError(f"task: {key}={spec.get(key)!r}: expected text; a data set is {{path, question, answer}}")
-    path, split = spec["path"], spec.get("split")
-    if not path.endswith(FILE_SUFFIXES):
-        rows = _hub_rows(path, spec.get("config"), split or "train")
-        return list(_pairs(rows, spec["question"], spec["answer"]))
-    pairs = list(_pairs(_file_rows(Path(path).expanduser()), spec["question"], spec["answer"]))
-    if split is None:
-        return pairs
-    _expect_split(path, split, ("train", "validation"))
-    return hold_out(pairs, split)
+    path, question, answer, split = spec["path"], spec["question"], spec["answer"], spec.get("split")
+    file = Path(path).expanduser()
+    if path.endswith(FILE_SUFFIXES) or file.is_file():
+        pairs = _pairs(file_rows(file), question, answer, _refuse)
+        if split is None:
+            return pairs
+        _expect_split(path, split, ("train", "validation"))
+        return hold_out(pairs, split)
+    of_hub = hub_rows(path, spec.get("config"))
+    if split is not None and split in ("train", "validation") and "validation" not in of_hub:
+        return hold_out(_hub_pairs(of_hub, path, "train", question, answer, report), split)
+    return _hub_pairs(of_hub, path, split or "train", question, answer, report)
 
 
-def _pairs(rows: Iterable[Row], question: str, answer: str) -> Iterator[tuple[str, str]]:
+def _refuse(row_and_fault: str) -> None:
+    raise InputError(f"{row_and_fault}; mend the row or remove it")
+
+
+def _hub_pairs(
+    of_hub: Mapping[str, Iterable[Row]], path: str, split: str, question: str, answer: str, report: Report
+) -> list[Pair]:
+    """The problems of one split; `report` hears of the rows left out."""
+    _expect_split(path, split, of_hub)
+    left_out: list[str] = []
+    pairs = _pairs(of_hub[split], question, answer, left_out.append)
+    if left_out:
+        shown = "; ".join(left_out[:3]) + ("; ..." if len(left_out) > 3 else "")
+        report(f"task: left out {len(left_out)} of {len(pairs) + len(left_out)} rows: {shown}")
+    return pairs
+
+
+def _pairs(rows: Iterable[Row], question: str, answer: str, unusable: Callable[[str], None]) -> list[Pair]:
+    """The problems in `rows`; `unusable` hears of each row that has the fields but cannot be a problem."""
+    pairs: list[Pair] = []
+    places: dict[str, str] = {}  # id -> where it stood first
     for where, row in rows:
-        for field in (question, answer):
-            if field not in row:
-                raise InputError(f"{where}: no field {field!r}; its fields are {', '.join(row) or 'none'}")
-        pair = (str(row[question] or "").strip(), final_answer(row[answer]))
-        for field, text in zip((question, answer), pair, strict=True):
-            if not text:
-                raise InputError(f"{where}: field {field!r} is empty; remove the row or fill it in")
-        yield pair
+        pair = _pair(where, row, question, answer)
+        if fault := _fault(pair, question, answer) or _repeated(where, row, places):
+            unusable(f"{where}: {fault}")
+        else:
+            pairs.append(pair)
+    return pairs
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file (task path)")
-    if path.suffix == ".parquet":
-        return _parquet_rows(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}:{line}: not UTF-8 text") from error
-    return _list_rows(path, text) if text.lstrip().startswith("[") else _line_rows(path, text)
+def _pair(where: str, row: Mapping[str, Any], question: str, answer: str) -> Pair:
+    for field in (question, answer):
+        if field not in row:
+            raise InputError(f"{where}: no field {field!r}; its fields are {', '.join(row) or 'none'}")
+    if not isinstance(row[question], str | None):
+        raise InputError(f"{where}: field {question!r} holds a {type(row[question]).__name__}; expected text")
+    if isinstance(row[answer], Mapping | bytes):
+        raise InputError(f"{where}: field {answer!r} holds a {type(row[answer]).__name__}; expected text, a number or a list")
+    return (row[question] or "").strip(), final_answer(row[answer])
 
 
-def _line_rows(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): JSON strings may hold U+2028 and its like
-        if line.strip():
-            yield f"{path}:{number}", _object(_json(path, line, first_line=number), f"{path}:{number}")
+def _fault(pair: Pair, question: str, answer: str) -> str | None:
+    """Why a row is no problem."""
+    for field, text in zip((question, answer), pair, strict=True):
+        if not text:
+            return f"field {field!r} is empty"
+        if SURROGATE.search(text):
+            return f"field {field!r} holds half a character (a lone UTF-16 surrogate)"
+    if len(pair[1]) > LONGEST_ANSWER:
+        return f"field {answer!r} holds {len(pair[1])} characters without \\boxed{{}} or ####: no final answer to compare with"
+    return None
 
 
-def _list_rows(path: Path, text: str) -> Iterator[Row]:
-    for number, row in enumerate(_json(path, text, first_line=1), start=1):
-        yield f"{path}: row {number}", _object(row, f"{path}: row {number}")
-
-
-def _json(path: Path, text: str, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{first_line + error.lineno - 1}: broken JSON: {error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
-        raise InputError(f"{path}:{first_line}: JSON that cannot be read: {error}") from error
-
-
-def _object(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: expected a JSON object with fields, got {type(value).__name__}")
-    return value
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import read_table
-
-    try:
-        rows = read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {_first_line(error)}") from error
-    return ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _hub_rows(path: str, config: str | None, split: str) -> Iterator[Row]:
-    import datasets  # seconds to import, and only here
-
-    try:
-        rows = datasets.load_dataset(path, config, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(
-            f"task: {path} [{split}]: the Hugging Face hub did not deliver it: {_first_line(error)}; check name, split and "
-            "network, or download it and give {path: FILE.jsonl, question: FIELD, answer: FIELD}"
-        ) from error
-    return ((f"{path} [{split}]: row {number}", row) for number, row in enumerate(rows))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _repeated(where: str, row: Mapping[str, Any], places: dict[str, str]) -> str | None:
+    """Whether the row's id was there before; `places` remembers it."""
+    for field in ID_FIELDS:
+        if row.get(field) is not None:
+            first = places.setdefault(f"{field} {row[field]!r}", where)
+            if first != where:
+                return f"{field} {row[field]!r} is also that of {first}"
+    return None

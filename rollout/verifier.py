@@ -6,20 +6,54 @@ process at the deadline, and if the parent is gone the alarm below does.
 """
 
 import logging
+import re
 import resource
 import signal
 import sys
+import unicodedata
 from multiprocessing.connection import Connection
 
 MEMORY_LIMIT_BYTES = 4 << 30  # an answer like 10^{10^{10}} asks sympy for gigabytes
 ALARM_MARGIN_S = 1.0  # the parent cuts first
+
+SLASH = "\N{FRACTION SLASH}"
+LATEX_OF = {"°": "^\\circ ", "∞": "\\infty ", "·": "\\cdot ", SLASH: "/"}
+ROOT = re.compile("√ ?([0-9]+|[A-Za-z])")
+DIGIT_GAP = re.compile(r"(?<=[0-9])(?:\\[,;: ]|~)(?=[0-9]{3}(?![0-9]))")  # 12\,345
+FULL_STOP = re.compile(r"(?<=[0-9])\.$")
+
+
+def in_latex(text: str) -> str:
+    """`text` with the spellings that math-verify does not read as the mathematics they are in those that it does: invisible
+    characters, dashes, digits, exponents and fractions of Unicode, spaces between groups of digits, a full stop."""
+    text = text if text.isascii() else ROOT.sub(r"\\sqrt{\1}", "".join(map(_character_in_latex, text)))
+    return FULL_STOP.sub("", DIGIT_GAP.sub("", text.strip()))
+
+
+def _character_in_latex(c: str) -> str:
+    category, decomposition = unicodedata.category(c), unicodedata.decomposition(c)
+    if c in LATEX_OF:
+        return LATEX_OF[c]
+    if category == "Cf":  # zero-width spaces, byte-order and direction marks
+        return ""
+    if category == "Zs":
+        return " " if c == " " else "\\,"
+    if category == "Pd":
+        return "-"
+    if category == "Nd":
+        return str(unicodedata.decimal(c))
+    if decomposition.startswith("<super>"):
+        return f"^{{{unicodedata.normalize('NFKC', c)}}}"
+    if decomposition.startswith("<fraction>"):
+        return "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", c).split(SLASH))
+    return c
 
 
 def equivalent(gold: str, answer: str) -> bool:
     """math-verify's opinion, its own time-outs off (this process has a better one). False for what it cannot parse."""
     from math_verify import parse, verify
 
-    parsed = [parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (gold, answer)]
+    parsed = [parse(f"\\boxed{{{in_latex(text)}}}", parsing_timeout=None) for text in (gold, answer)]
     return bool(verify(parsed[0], parsed[1], timeout_seconds=None))
 
 

@@ -1,6 +1,8 @@
 """Splits never share a problem, bad data is refused with its place, and the order of a run is a pure function of its seed."""
 
+import gzip
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,9 @@ from omegaconf import OmegaConf
 
 from configs.errors import InputError
 from rollout import tasks
-from rollout.tasks import batch_indices, final_answer, load_task
+from rollout.tasks import BUILT_IN, batch_indices, final_answer, load_task
+from tests.shared_data import SHARED, needs_shared
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 GSM8K_ROW = {"question": "Tom has 1,000 + 80 apples. How many?", "answer": "1,000 + 80 = <<1000+80=1080>>1,080.\n#### 1,080"}
 
 
@@ -67,6 +69,7 @@ def test_the_first_problems_are_a_fair_sample() -> None:
         ("arithmetic:train?hihg=9", "unknown parameter 'hihg'"),
         ("arithmetic:train?high=many", "high='many': expected a whole number"),
         ("arithmetic:train?low=9&high=3", "low <= high"),
+        ("arithmetic:train?high=100000", "expected at most 1,000 numbers"),
         ("arithmetic:validation?low=1&high=1", "no problems"),
         ("gsm8", "did you mean 'gsm8k'"),
         ("gsm8k:dev", "no split 'dev'; expected one of train, test, validation"),
@@ -102,8 +105,10 @@ def test_json_lists_jsonl_and_parquet_hold_the_same_problems(tmp_path: Path) -> 
     write(tmp_path / "lines.json", *rows)
     write(tmp_path / "lines.jsonl", *rows)
     write_table(pyarrow.Table.from_pylist(rows), tmp_path / "table.parquet")
+    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress((tmp_path / "lines.jsonl").read_bytes()))
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "lines.jsonl").read_bytes())  # as Windows writes it
     loaded = [load_task(fields(str(path))) for path in sorted(tmp_path.iterdir())]
-    assert len(loaded) == 4 and all(problems == loaded[0] for problems in loaded)
+    assert len(loaded) == 6 and all(problems == loaded[0] for problems in loaded)
     assert [p.answer for p in loaded[0]] == list("01234")
 
 
@@ -115,6 +120,14 @@ def test_json_lists_jsonl_and_parquet_hold_the_same_problems(tmp_path: Path) -> 
         ([GSM8K_ROW, GSM8K_ROW, {"question": "b?", "answer": "think\n#### "}], ":3: field 'answer' is empty"),
         ([{"question": " ", "answer": "1"}], ":1: field 'question' is empty"),
         ([{"question": "a?", "answer": None}], ":1: field 'answer' is empty"),
+        ([{"question": "a?", "answer": "so \\boxed{}."}], ":1: field 'answer' is empty; mend the row or remove it"),
+        ([{"question": "a?", "answer": float("nan")}], ":1: field 'answer' is empty"),
+        ([{"question": "a?", "answer": {"value": 1}}], ":1: field 'answer' holds a dict; expected text, a number or a list"),
+        ([{"question": [{"role": "user"}], "answer": "1"}], ":1: field 'question' holds a list; expected text"),
+        ([{"question": "a?", "answer": "Because. " * 200}], ":1: field 'answer' holds 1799 characters without \\boxed{} or ####"),
+        (['{"question": "a\\ud800?", "answer": "1"}'], ":1: field 'question' holds half a character"),
+        ([{"id": 3} | GSM8K_ROW, {"id": 4} | GSM8K_ROW, {"id": 3} | GSM8K_ROW], ":3: id 3 is also that of "),
+        ([{"unique_id": "x"} | GSM8K_ROW] * 2, ":2: unique_id 'x' is also that of "),
         (["[1, 2]"], ": row 1: expected a JSON object with fields, got int"),
         (["3"], ":1: expected a JSON object with fields, got int"),
         ([], "holds no problems"),
@@ -132,11 +145,15 @@ def test_other_bad_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "a?", "answer": "1"}\n{"question": "\xe9?", "answer": "1"}\n')
     (tmp_path / "not.parquet").write_bytes(b"PAR?")
     (tmp_path / "list.json").write_text('[{"question": "a?",\n "answer" "1"}]')
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"question": "a?", "answer": "1"}\n')[:-9])
+    (tmp_path / "table.csv").write_text("question,answer\n1?,1\n")
     for name, message in (
         ("none.jsonl", "no such file"),
         ("latin.jsonl", ":2: not UTF-8"),
         ("not.parquet", "not a readable Parquet file"),
         ("list.json", "list.json:2: broken JSON"),
+        ("cut.jsonl.gz", "cannot be read"),
+        ("table.csv", "expected a name that ends with .jsonl"),
     ):
         with pytest.raises(InputError, match=message):
             load_task(fields(str(tmp_path / name)))
@@ -158,11 +175,14 @@ def test_a_data_set_needs_its_three_keys(spec: dict[str, str], message: str) -> 
     ("value", "answer"),
     [
         ("so 3.\n#### 1,234,567", "1234567"),
+        ("so\n#### (1, 2), 1,000", "(1, 2), 1000"),
         ("thus $\\boxed{\\frac{1}{2}}$, not \\boxed{3", "\\frac{1}{2}"),
         ("it is $\\boxed 7$.", "7"),
         (["$69$", "$84$"], "69, 84"),
         ("\\$18 and $x$", "\\$18 and x"),
         (17, "17"),
+        (float("nan"), ""),
+        ([3, "$x$", None], "3, x"),
         ([], ""),
     ],
 )
@@ -186,13 +206,19 @@ def test_a_validation_split_is_held_out_of_train_by_hash(tmp_path: Path) -> None
 
 
 @pytest.fixture
-def gsm8k_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The built-in task, with a folder in the place of the hub; `datasets` reads both alike."""
+def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of a hub data set: `datasets` reads both alike, a file for each split."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "gsm8k"
+    folder = tmp_path / "set"
     folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def gsm8k_from_disk(hub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = hub_folder
     write(folder / "train.jsonl", *({"question": f"{i}?", "answer": f"#### {i}"} for i in range(80)))
     write(folder / "test.jsonl", GSM8K_ROW)
     monkeypatch.setitem(tasks.BUILT_IN, "gsm8k", replace(tasks.BUILT_IN["gsm8k"], path=str(folder), config=None))
@@ -207,6 +233,38 @@ def test_a_built_in_task_and_its_splits() -> None:
     assert load_task("gsm8k:train") == train
 
 
+def test_a_hub_set_without_validation_holds_some_out_of_train(hub_folder: Path) -> None:
+    write(hub_folder / "train.jsonl", *({"question": f"{i}?", "answer": f"{i}"} for i in range(80)))
+    whole, train, validation = (
+        load_task(fields(str(hub_folder), **split)) for split in ({}, {"split": "train"}, {"split": "validation"})
+    )
+    assert (len(whole), len(train), len(validation)) == (80, 70, 10)
+    assert {p.answer for p in train} | {p.answer for p in validation} == {p.answer for p in whole}
+    with pytest.raises(InputError, match="no split 'test'; expected one of train"):
+        load_task(fields(str(hub_folder), split="test"))
+
+
+def test_a_hub_set_keeps_its_own_validation(hub_folder: Path) -> None:
+    write(hub_folder / "train.jsonl", *({"question": f"{i}?", "answer": f"{i}"} for i in range(80)))
+    write(hub_folder / "validation.jsonl", {"question": "100?", "answer": "100"})
+    assert len(load_task(fields(str(hub_folder), split="train"))) == 80
+    assert [p.answer for p in load_task(fields(str(hub_folder), split="validation"))] == ["100"]
+
+
+def test_unusable_rows_of_a_hub_set_are_left_out_counted_and_said(hub_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = [{"id": i, "question": f"{i}?", "answer": f"{i}"} for i in range(6)]
+    bad = [good[2], {"id": 7, "question": "", "answer": "7"}, {"id": 8, "question": "8?", "answer": None}, good[4]]
+    write(hub_folder / "train.jsonl", *good, *bad)
+    said: list[str] = []
+    assert [p.answer for p in load_task(fields(str(hub_folder)), said.append)] == list("012345")
+    assert len(said) == 1
+    where = f"{hub_folder} [train]: row"
+    assert f"left out 4 of 10 rows: {where} 6: id 2 is also that of {where} 2; {where} 7: field 'question' is empty; " in said[0]
+    assert said[0].endswith(f"{where} 8: field 'answer' is empty; ...")
+    load_task(fields(str(hub_folder)))
+    assert capsys.readouterr().err.endswith(f"softrl: {said[0]}\n")  # unless someone else listens
+
+
 def test_an_unreachable_hub_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
     import huggingface_hub
@@ -216,11 +274,11 @@ def test_an_unreachable_hub_is_one_clear_line(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(InputError) as refused:
         load_task(fields("no-such-owner/no-such-set"))
-    assert "no-such-owner/no-such-set [train]: the Hugging Face hub did not deliver it" in str(refused.value)
+    assert "no-such-owner/no-such-set: the Hugging Face hub did not deliver it" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not at hand")
+@needs_shared
 @pytest.mark.parametrize(
     ("file", "question", "answer", "count"),
     [
@@ -237,14 +295,36 @@ def test_the_real_data_sets_load_with_their_official_counts(file: str, question:
         assert all(problem.answer.lstrip("-").replace(".", "").isdigit() for problem in problems)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not at hand")
+@needs_shared
+@pytest.mark.parametrize(
+    ("name", "hub_file", "file", "count"),
+    [
+        ("gsm8k:test", "test.jsonl", "gsm8k/test.jsonl", 1319),
+        ("math500", "test.jsonl", "math500/test.jsonl", 500),
+        ("olympiadbench", "train.jsonl", "olympiadbench/test.jsonl", 675),
+    ],
+)
+def test_built_in_tasks_read_the_hubs_own_fields(
+    hub_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, hub_file: str, file: str, count: int
+) -> None:
+    shutil.copyfile(SHARED / file, hub_folder / hub_file)
+    task = name.partition(":")[0]
+    monkeypatch.setitem(tasks.BUILT_IN, task, replace(BUILT_IN[task], path=str(hub_folder), config=None))
+    said: list[str] = []
+    problems = load_task(name, said.append)
+    assert (len(problems), said) == (count, [])
+    by_path = {"path": str(SHARED / file), "question": BUILT_IN[task].question, "answer": BUILT_IN[task].answer}
+    assert problems == load_task(by_path)
+
+
+@needs_shared
 def test_the_box_of_every_math_solution_is_its_answer() -> None:
     path = str(SHARED / "math500/test.jsonl")
     answers, boxes = (load_task({"path": path, "question": "problem", "answer": field}) for field in ("answer", "solution"))
     assert sum(a.answer.replace(" ", "") == b.answer.replace(" ", "") for a, b in zip(answers, boxes, strict=True)) >= 498
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not at hand")
+@needs_shared
 def test_gsm8k_holds_out_512() -> None:
     path = str(SHARED / "gsm8k/train.jsonl")
     assert [len(load_task(fields(path, split=split))) for split in ("validation", "train")] == [512, 7473 - 512]
