@@ -24,8 +24,8 @@ from rich.console import Console
 
 from cluster.live import make_table
 from cluster.placement import QUIET, SHARED_CORES, cores, placed, ray_session
-from cluster.waits import actor_errors
 from cluster.plain_loop import PlainLoopSpeed, time_plain_loop
+from cluster.waits import actor_errors
 from configs.errors import RunError
 from configs.schema import TAU_OF_MODE, Config, Mode
 from rollout.files import replace_file
@@ -124,8 +124,9 @@ def _alternate(
 ) -> tuple[dict[Mode, list[float]], dict[str, int]]:
     """Tokens per second of each round and mode, and the positions a round decodes."""
     modes = (_soft_mode(config), Mode.hard)
+    warm_up = min(WARM_UP_TOKENS, config.policy.max_cot_tokens)  # an engine refuses more than it was started for
     for mode in modes:
-        _batch(engine, _requests(config, mode, prompts, sigma, WARM_UP_TOKENS, seed=0))
+        _batch(engine, _requests(config, mode, prompts, sigma, warm_up, seed=0))
     speeds: dict[Mode, list[float]] = {mode: [] for mode in modes}
     lengths: dict[str, int] = {}
     for round_ in range(rounds):

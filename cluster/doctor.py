@@ -38,6 +38,8 @@ Level = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
+    """What a probe says, one row of the report; only a `fail` makes the exit code 1."""
+
     name: str
     level: Level
     found: str

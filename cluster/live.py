@@ -90,6 +90,7 @@ class LiveView:
     # ------------------------------------------------------------------ the panel
 
     def panel(self) -> RenderableType:
+        """Progress, the newest row and the latest evaluations, as wide as the terminal but at most PANEL characters."""
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column()

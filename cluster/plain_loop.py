@@ -20,6 +20,8 @@ from configs.schema import Dtype
 
 @dataclass(frozen=True, slots=True)
 class PlainLoopSpeed:
+    """How long each timed round took; `device` is a GPU's name or "cpu", `threads` those of torch."""
+
     positions: int  # decoded in each round: sequences x (CoT + forced prefill + answer)
     seconds: list[float]  # of each round, prompts included
     device: str
@@ -27,6 +29,7 @@ class PlainLoopSpeed:
 
     @property
     def tokens_per_s(self) -> list[float]:
+        """Decoded positions per second of each round, in order."""
         return [self.positions / seconds for seconds in self.seconds]
 
 

@@ -22,6 +22,7 @@ class StepMetrics:
 
     @contextmanager
     def timed(self, key: str) -> Iterator[None]:
+        """Add the body's wall-clock seconds to "time/wait_rollout" or "time/wait_learner". Raises KeyError for another key."""
         begun = time.perf_counter()
         try:
             yield
@@ -29,6 +30,7 @@ class StepMetrics:
             self._seconds[key] += time.perf_counter() - begun
 
     def add_group(self, group: Group) -> None:
+        """Count a group when it comes: rollout tokens/s is reckoned from this object's making to the last one."""
         self._groups.append(group)
         self._rollout_s = time.perf_counter() - self._begun  # until the last group came
 

@@ -76,9 +76,11 @@ class PackedBatch:
 
     @property
     def rows(self) -> int:
+        """R, the input tokens: each prompt once, and every sample's tokens but its last answer token."""
         return len(self.input_ids)
 
     def to(self, device: torch.device) -> "PackedBatch":
+        """The same batch with all tensors, those of its steps too, on `device`; copies to a GPU may still be under way."""
         steps = {name: _to(getattr(self, name), device) for name in ("soft", "hard", "answer")}
         return replace(_to(self, device), **steps)
 

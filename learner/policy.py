@@ -40,14 +40,17 @@ class Policy(nn.Module):
 
     @property
     def embedding(self) -> Tensor:
+        """E [V, n0], trainable: all of it in the root unit's dtype inside `forward`, float32 shards (a DTensor) at rest."""
         return cast(Any, self.model).get_input_embeddings().weight
 
     @property
     def head(self) -> Tensor:
+        """[V, d], of which logits are hidden @ head^T; sharded as `embedding` is."""
         return cast(Any, self.model).get_output_embeddings().weight
 
     @property
     def tied(self) -> bool:
+        """Whether embedding and head are one parameter, whose gradient comes from both its uses."""
         return self.embedding is self.head
 
     def forward(self, batch: PackedBatch) -> Terms:

@@ -11,6 +11,7 @@ The version rises in `finish_weight_update` and nowhere else, so an engine never
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -39,9 +40,11 @@ TOLERANCE = {Dtype.float32: ("max", 1e-4), Dtype.bfloat16: ("mean", 0.1)}
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
+    """What a push cost, as its rank saw it."""
+
     seconds: float  # from the first gather to the last engine resumed
-    pause_seconds: float  # engines paused
-    bytes: int
+    pause_seconds: float  # engines paused; 0 on the ranks that do not talk to them
+    bytes: int  # of the model in the engine's dtype, counted once however many engines there are
 
 
 class EngineClient:
@@ -61,13 +64,16 @@ class EngineClient:
         self._all("init_weight_transfer_engine", [(info,) for info in infos])
 
     def start_weight_update(self) -> None:
+        """Returns when every engine stands still, as push.in_flight says. Raises RunError when one fails or is late."""
         self._all("start_weight_update", [()] * len(self.engines))
         self.paused_at = time.perf_counter()
 
     def update_weights(self, update_info: Any) -> None:
+        """Returns when every engine has loaded what `update_info` describes. Raises RunError when one fails or is late."""
         self._all("update_weights", [(update_info,)] * len(self.engines))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Engines resume, at the version of the running push unless told another. Raises RunError when one fails or is late."""
         self._all("finish_weight_update", [(weight_version or self.version,)] * len(self.engines))
         self.resumed_at = time.perf_counter()
 
@@ -97,6 +103,7 @@ class LearnerSource(WeightSource):
         self._metas, self._tensors = metas, tensors
 
     def metadata(self) -> list[ParamMeta]:
+        """Name, engine's dtype and full shape of each tensor, in the order of iteration; nothing is gathered."""
         return self._metas
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -105,6 +112,8 @@ class LearnerSource(WeightSource):
 
 @dataclass
 class SharedMemoryTrainerInfo(TrainerInitInfo):
+    """Where rank 0 writes the model: a file named after its process, which exists only until it is open."""
+
     backend: ClassVar[str] = "softrl_shm"
     path: str = str(SHARED_MEMORY / f"softrl-{os.getpid()}.safetensors")
 
@@ -117,6 +126,7 @@ class SharedMemoryTrainer(TrainerWeightTransferEngine[SharedMemoryTrainerInfo]):
 
     @classmethod
     def trainer_init(cls, init_info: SharedMemoryTrainerInfo, *, client: Any, source: WeightSource | None = None) -> Self:
+        """Called on every rank; rank 0 sends the engines their manifest. Raises RunError when one fails or is late."""
         trainer = cls(client=client, source=source, is_sender=init_info.is_sender)
         trainer.path = Path(init_info.path)
         if trainer.is_sender and source is not None:
@@ -145,7 +155,8 @@ class SharedMemoryTrainer(TrainerWeightTransferEngine[SharedMemoryTrainerInfo]):
             try:
                 self.client.update_weights(asdict(update))
             except RunError:
-                self.client.abandon_weight_update()
+                with suppress(RunError):  # an engine that died cannot resume; the others can
+                    self.client.abandon_weight_update()
                 raise
             self.client.finish_weight_update()
         finally:

@@ -30,9 +30,11 @@ class TokenTables:
 
     @property
     def accept(self) -> int:
+        """n, the automaton state in which the text ends with the stop phrase."""
         return self.phrase_state.shape[0] - 1
 
     def to(self, device: torch.device) -> "TokenTables":
+        """New tables on `device`, of the same shapes and dtypes; a tensor that lies there already is shared."""
         return TokenTables(*(getattr(self, name).to(device) for name in self.__slots__))
 
 

@@ -27,6 +27,8 @@ class SharedMemoryInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
+    """One push: the file that holds every tensor of the manifest, and what its bytes must be (rollout.checksums)."""
+
     path: str  # safetensors file in memory-backed storage
     checksums: dict[str, str]  # of each tensor, by name
 
@@ -39,9 +41,11 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
     manifest: SharedMemoryInitInfo | None = None
 
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
+        """Keep the manifest; there is no connection to open."""
         self.manifest = init_info
 
     def start_weight_update(self) -> None:
+        """Set the weights aside until `finish_weight_update`; the model cannot run in between."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         initialize_layerwise_reload(self.model)
@@ -60,12 +64,14 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
             self.model.load_weights((name, file.get_tensor(name).to(self.device)) for name in self.manifest.names)
 
     def finish_weight_update(self) -> None:
+        """Make the model whole, in the memory that its weights had before: a layer that got nothing has its old ones back."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
         repack_heads(self.model)
 
     def shutdown(self) -> None:
+        """Forget the manifest; no push can be received until the next `init_transfer_engine`."""
         self.manifest = None
 
 

@@ -2,11 +2,8 @@
 
 import asyncio
 import json
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from cluster.waits import wait
 from configs.errors import InputError, RunError
 from configs.load import load_config
 from configs.schema import Config
+from tests.full_disk import files_of_at_most
 
 
 @pytest.fixture
@@ -202,17 +200,6 @@ def test_metrics_are_plain_finite_numbers_and_can_be_tailed(recipe: Path) -> Non
             with pytest.raises(RunError, match=r"step 2: learner/loss = (nan|inf): not finite"):
                 run.metrics.write(2, {"reward/mean": 1.0, "learner/loss": bad})
         assert len(read_lines(run.folder / "metrics.jsonl")) == 1
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Any file that grows past `size` bytes fails to be written, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_one_line_and_leaves_whole_lines(recipe: Path) -> None:

@@ -1,10 +1,7 @@
 """Resumed == uninterrupted, nothing half-written, and an export that stock transformers loads."""
 
 import json
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from learner.checkpoint import latest, prune, step_folder
 from learner.export import export
 from learner.learner import Learner
 from rollout.trajectory import Group
+from tests.full_disk import files_of_at_most
 from tests.learner.tiny import load_model, mixed_group, tiny_config
 
 MODES = [Mode.soft, Mode.hard, Mode.fuzzy]
@@ -92,20 +90,9 @@ def config_of(model_dir: Path, dtype: Dtype) -> Config:
     return config
 
 
-@contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    """Writes beyond `size` bytes of a file fail in the kernel, as they do on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_leaves_nothing_half_written(tied_dir: Path, tmp_path: Path) -> None:
     learner = trained(tied_dir, tmp_path)
-    with files_limited_to(20_000), pytest.raises(RunError, match="step_000002: could not write") as error:
+    with files_of_at_most(20_000), pytest.raises(RunError, match="step_000002: could not write") as error:
         learner.save(step_folder(tmp_path, 2), {})
     assert "\n" not in str(error.value)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
@@ -184,7 +171,7 @@ def test_export_refuses_to_overwrite_and_cleans_up(tied_dir: Path, tmp_path: Pat
         export(step_folder(tmp_path, 1), taken, config)
     with pytest.raises(InputError, match="not a checkpoint"):
         export(tmp_path, tmp_path / "out", config)
-    with files_limited_to(20_000), pytest.raises(RunError, match="could not write"):
+    with files_of_at_most(20_000), pytest.raises(RunError, match="could not write"):
         export(step_folder(tmp_path, 1), tmp_path / "out", config)
     (step_folder(tmp_path, 1) / "__0_0.distcp").write_bytes(b"lost")
     with pytest.raises(InputError, match="cannot be read"):
