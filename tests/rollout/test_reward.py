@@ -16,7 +16,6 @@ from configs.errors import RunError
 from rollout import reward
 from rollout.reward import Scorer, Verdict, boxed_answer, extract_boxed, quick_verdict
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 HANGS = "9^{9^{9^{9}}}"  # sympy never comes back from comparing it
 RIGHT, WRONG, NOTHING = Verdict(100.0, True), Verdict(10.0, False), Verdict(0.0, False)
 
