@@ -42,7 +42,6 @@ HALF_PI = 1.5707963267948966
 SQRT_HALF_BITS = 0x3F3504F3  # the fp32 bits of sqrt(1/2)
 
 CPU_BLOCK = 1 << 14  # counters per block: the temporaries of one block stay in a core's cache
-CUDA_BLOCK = 1 << 22  # counters per block: about 0.5 GB of temporaries
 
 
 def normal_rows(seeds: Tensor, positions: Tensor, width: int, stream: int = STREAM_SOFT) -> Tensor:
@@ -52,10 +51,14 @@ def normal_rows(seeds: Tensor, positions: Tensor, width: int, stream: int = STRE
     Raises ValueError on wrong shapes or dtypes.
     """
     _check_keys(seeds, positions)
+    if seeds.is_cuda:
+        from kernels import triton_noise  # not at the top: a CPU needs no Triton
+
+        return triton_noise.normal_rows(seeds.contiguous(), positions.contiguous(), width, stream)
     groups = -(-width // 4)
     normals = torch.empty(len(seeds), groups, 4, dtype=torch.float32, device=seeds.device)
     coordinates = torch.arange(groups, device=seeds.device)
-    block = max(1, (CPU_BLOCK if seeds.device.type == "cpu" else CUDA_BLOCK) // max(groups, 1))
+    block = max(1, CPU_BLOCK // max(groups, 1))
     for start in range(0, len(seeds), block):
         rows = slice(start, start + block)
         words = philox(coordinates, positions[rows, None], stream, seeds[rows, None])
@@ -69,6 +72,10 @@ def uniform_rows(seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
     seeds, positions: int64 [R], as for `normal_rows`. Raises ValueError on wrong shapes or dtypes.
     """
     _check_keys(seeds, positions)
+    if seeds.is_cuda:
+        from kernels import triton_noise
+
+        return triton_noise.uniform_rows(seeds.contiguous(), positions.contiguous(), stream)
     word = philox(torch.zeros_like(positions), positions, stream, seeds)[0]
     return ((word >> 9) * 2 + 1).to(torch.float32) * 2.0**-24
 

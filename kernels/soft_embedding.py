@@ -16,6 +16,9 @@ reaches the threshold are all that is looked at again.
 **Screen and rescore.** Logits rounded to bf16 move the mean by 0.4 sigma and make exact ties common. With bf16 logits the tiles
 only screen, with a margin that covers the rounding; the candidates' logits are then recomputed as float32 dot products of the
 hidden state with gathered head rows, and threshold, argmax and softmax use those.
+
+On a GPU the work is done by kernels.triton_select (from float32 logits) and kernels.triton_soft_embedding, which also have forms
+that allocate nothing and wait for nothing, for an engine's CUDA graph.
 """
 
 import math
@@ -27,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import require_dtype, require_positive, require_shape
+from kernels.checks import require_dtype, require_every, require_ids, require_offsets, require_positive, require_shape
 from kernels.noise import STREAM_SOFT, normal_rows
 from kernels.segments import entry_dots, segment_max, segment_sum, weighted_rows
 
@@ -65,9 +68,13 @@ def select_support(
 
     logits [R, V] float32, or bf16 with hidden [R, d] and head [>= V, d] to rescore from; tau float32 [R] above 0 (1e-4 is
     fine). A logit of -inf (vocabulary padding) is never selected. A row's result does not depend on the other rows.
-    Raises ValueError on wrong shapes or dtypes, or bf16 logits without hidden and head; a bad row raises nothing.
+    Raises ValueError on wrong shapes or dtypes, a tau not above 0, or bf16 logits without hidden and head; not for a bad row.
     """
     _check_select(logits, tau, hidden, head, threshold)
+    if logits.is_cuda and logits.dtype == torch.float32:
+        from kernels import triton_select  # not at the top: a CPU needs no Triton
+
+        return triton_select.select_support(logits, tau.contiguous(), threshold)
     exact = logits.dtype == torch.float32
     ragged = -logits.shape[1] % TILE
     tiles = (F.pad(logits, (0, ragged), value=-math.inf) if ragged else logits).unflatten(1, (-1, TILE))
@@ -87,14 +94,20 @@ def mix(ids: Tensor, probs: Tensor, offsets: Tensor, embedding: Tensor, dtype: t
 
     ids int32 [N], probs float32 [N], offsets int64 [R + 1]; embedding [V, n0]. The rows of `embedding` are first rounded to
     `dtype`, the engine's, so that a learner with float32 masters sees what the engine saw. Deterministic; the bits of a row do
-    not depend on the other rows. An empty row is 0. Raises ValueError on wrong shapes or dtypes.
+    not depend on the other rows. An empty row is 0. Raises ValueError on wrong shapes, dtypes, ids or offsets.
     """
+    if embedding.is_cuda:
+        from kernels import triton_soft_embedding
+
+        return triton_soft_embedding.mix(ids, probs, offsets, embedding, dtype)
     require_shape("ids", ids, (None,), "[N]")
     require_shape("probs", probs, (len(ids),), "[N]")
     require_shape("offsets", offsets, (None,), "[R + 1]")
     require_shape("embedding", embedding, (None, None), "[V, n0]")
     require_dtype("probs", probs, torch.float32)
     require_dtype("offsets", offsets, torch.int64)
+    require_offsets("offsets", offsets, len(ids))
+    require_ids("ids", ids, len(embedding))
     if embedding.dtype == dtype == torch.float32:
         return weighted_rows(embedding, ids, probs, offsets)
     means = torch.empty(len(offsets) - 1, embedding.shape[1], dtype=torch.float32, device=embedding.device)
@@ -120,10 +133,16 @@ def rebuild(
 
     The engine makes its next input with this call and the learner repeats it: same record, same bits. sigma float32 [R] is the
     standard deviation per coordinate (0: no noise); seeds, positions int64 [R] as for `normal_rows`; the rest as for `mix`.
-    Raises ValueError on wrong shapes or dtypes.
+    Raises ValueError on wrong shapes, dtypes, ids or offsets, or a sigma below 0.
     """
     require_shape("sigma", sigma, (len(offsets) - 1,), "[R]")
     require_shape("seeds", seeds, (len(offsets) - 1,), "[R]")
+    require_every("sigma", sigma >= 0, "at least 0")
+    if embedding.is_cuda:
+        from kernels import triton_soft_embedding
+
+        keys = (sigma.float().contiguous(), seeds.contiguous(), positions.contiguous())
+        return triton_soft_embedding.rebuild(ids, probs, offsets, embedding, *keys, dtype)
     mean = mix(ids, probs, offsets, embedding, dtype)
     # Two roundings, product and sum: a fused multiply-add would differ between devices.
     noise = normal_rows(seeds, positions, embedding.shape[1], STREAM_SOFT).mul_(sigma.float()[:, None])
@@ -156,6 +175,7 @@ def _check_select(logits: Tensor, tau: Tensor, hidden: Tensor | None, head: Tens
     require_dtype("logits", logits, torch.float32, torch.bfloat16)
     require_shape("tau", tau, (len(logits),), "[R]")
     require_dtype("tau", tau, torch.float32)
+    require_every("tau", tau > 0, "above 0")
     require_positive("threshold", threshold)
     if logits.dtype == torch.float32:
         return

@@ -240,3 +240,14 @@ def test_wrong_inputs_are_named():
     with pytest.raises(ValueError, match=r"sigma: shape \[3\], expected \[R\] = \[2\]"):
         record = (support.ids, support.probs, support.offsets, torch.randn(10, 4))
         rebuild(*record, torch.ones(3), torch.arange(2), torch.arange(2), torch.float32)
+    with pytest.raises(ValueError, match=r"sigma: shape \[2\] with 1 elements not at least 0, expected every element at least 0"):
+        rebuild(*record, torch.tensor([0.0, -1.0]), torch.arange(2), torch.arange(2), torch.float32)
+    with pytest.raises(ValueError, match=r"tau: shape \[2\] with 2 elements not above 0, expected every element above 0"):
+        select_support(logits, torch.tensor([0.0, torch.nan]))
+    for ids, message in (([0, 10], "from 0 to 10"), ([-1, 5], "from -1 to 5")):
+        with pytest.raises(ValueError, match=rf"ids: values {message}, expected ids in \[0, 10\)"):
+            mix(torch.tensor(ids).int(), torch.ones(2), torch.tensor([0, 1, 2]), torch.randn(10, 4), torch.float32)
+    for offsets in ([0, 1], [1, 2], [0, 3, 2], []):
+        with pytest.raises(ValueError, match=r"offsets: shape \[\d\], expected offsets that rise from 0 to 2, the entries"):
+            offsets = torch.tensor(offsets, dtype=torch.int64)
+            mix(torch.tensor([0, 1]).int(), torch.ones(2), offsets, torch.randn(10, 4), torch.float32)

@@ -1,0 +1,265 @@
+"""Noisy soft tokens on a GPU, in Triton: h~ = p E + sigma eps, gathered from the few rows of E that a support names.
+
+```
+ FixedSupport (kernels.triton_select) --soft_embeddings--> h~ [R, n0]     engine: in place, capturable in a CUDA graph
+ record (ids, probs, offsets), CSR ----mix, rebuild------> the same bits  learner, and replay after preemption
+```
+
+One program makes DIMS coordinates of one row. It adds p_v E_v in id order, product and sum each rounded, from the first entry
+to the last, so the bits depend on nothing but the row's support: not on the batch, the capacity, or which of these functions
+is called. The noise of the same coordinates is computed in registers and never stored. Rounding to bf16 is done on the bits,
+to nearest even, because Triton's own cast is not the same everywhere (its interpreter truncates).
+
+A row that overflows K entries is mixed from its logits instead: every token is tested again and those that belong are added in
+the same order. It is slow, all of E's rows for a flat distribution, and it is exact.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.checks import require_contiguous, require_dtype, require_ids, require_offsets, require_same_device, require_shape
+from kernels.noise import STREAM_SOFT
+from kernels.soft_embedding import TILE
+from kernels.triton_noise import normal_block
+from kernels.triton_select import FixedSupport, check_batch, support_prob
+
+DIMS = 256  # coordinates per program: one warp, 8 a lane, so a bf16 row of E is read in 16-byte loads
+UNROLL = 16  # rows of E in flight per program
+WARPS = 1
+LAUNCH = {"DIMS": DIMS, "UNROLL": UNROLL, "num_warps": WARPS, "enable_fp_fusion": False}
+
+FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def soft_embeddings(
+    support: FixedSupport,
+    logits: Tensor,
+    tau: Tensor,
+    embedding: Tensor,
+    sigma: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    out: Tensor,
+) -> None:
+    """The soft embeddings of the supports just selected from `logits` and `tau`, into out [>= R, n0] in its dtype.
+
+    embedding [>= V, n0]; sigma float32 [R], at least 0; seeds, positions int64 [R] as for `normal_rows`. A row with no support is
+    noise alone. One launch, no host synchronisation. Raises ValueError on wrong arguments before it.
+    """
+    check_batch(support, logits, tau)
+    _check_table(embedding, out.dtype, support.ids)
+    if len(embedding) < logits.shape[1]:
+        raise ValueError(f"embedding: shape {list(embedding.shape)}, expected a row for each of the {logits.shape[1]} logits")
+    rows, width = len(logits), embedding.shape[1]
+    _check_noise(sigma, seeds, positions, rows, support.ids)
+    require_shape("out", out, (None, width), "[R, n0]")
+    if len(out) < rows:
+        raise ValueError(f"out: shape {list(out.shape)}, expected a row for each of the {rows} rows of logits")
+    require_contiguous("out", out)
+    require_same_device("out", out, "support", support.ids)
+    if rows:
+        s = support
+        _embed_fixed[(rows, triton.cdiv(width, DIMS))](
+            s.ids, s.probs, s.counts, s.ids.shape[1], logits, logits.stride(0), logits.shape[1], tau,
+            s.tile_max, s.tile_max.shape[1], s.peak, s.cut, s.kept, embedding, width, sigma, seeds, positions, out,
+            DTYPE=FLOATS[out.dtype], STREAM=STREAM_SOFT, TILE=TILE, **LAUNCH,
+        )  # fmt: skip
+
+
+def mix(ids: Tensor, probs: Tensor, offsets: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `kernels.soft_embedding.mix`: float32 [R, n0]. Raises ValueError before any launch, for which it waits for the device."""
+    _check_record(ids, probs, offsets, embedding, dtype)
+    means = torch.empty(len(offsets) - 1, embedding.shape[1], dtype=torch.float32, device=embedding.device)
+    if means.numel():
+        _embed_csr[_grid(means)](
+            ids, probs, offsets, embedding, embedding.shape[1], None, None, None, means,
+            DTYPE=FLOATS[dtype], NOISE=False, STREAM=STREAM_SOFT, **LAUNCH,
+        )  # fmt: skip
+    return means
+
+
+def rebuild(
+    ids: Tensor,
+    probs: Tensor,
+    offsets: Tensor,
+    embedding: Tensor,
+    sigma: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `kernels.soft_embedding.rebuild`: [R, n0] in `dtype`, the bits of `soft_embeddings`. Raises as `mix` does."""
+    _check_record(ids, probs, offsets, embedding, dtype)
+    _check_noise(sigma, seeds, positions, len(offsets) - 1, ids)
+    noisy = torch.empty(len(offsets) - 1, embedding.shape[1], dtype=dtype, device=embedding.device)
+    if noisy.numel():
+        _embed_csr[_grid(noisy)](
+            ids, probs, offsets, embedding, embedding.shape[1], sigma, seeds, positions, noisy,
+            DTYPE=FLOATS[dtype], NOISE=True, STREAM=STREAM_SOFT, **LAUNCH,
+        )  # fmt: skip
+    return noisy
+
+
+def _grid(out: Tensor) -> tuple[int, int]:
+    return len(out), triton.cdiv(out.shape[1], DIMS)
+
+
+def _check_table(embedding: Tensor, dtype: torch.dtype, ids: Tensor) -> None:
+    require_shape("embedding", embedding, (None, None), "[V, n0]")
+    require_dtype("embedding", embedding, *FLOATS)
+    require_contiguous("embedding", embedding)
+    require_same_device("embedding", embedding, "ids", ids)
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype: {dtype}, expected {' or '.join(map(str, FLOATS))}")
+
+
+def _check_record(ids: Tensor, probs: Tensor, offsets: Tensor, embedding: Tensor, dtype: torch.dtype) -> None:
+    require_shape("ids", ids, (None,), "[N]")
+    require_dtype("ids", ids, torch.int32, torch.int64)
+    require_shape("probs", probs, (len(ids),), "[N]")
+    require_dtype("probs", probs, torch.float32)
+    require_shape("offsets", offsets, (None,), "[R + 1]")
+    require_dtype("offsets", offsets, torch.int64)
+    for name, part in (("ids", ids), ("probs", probs), ("offsets", offsets)):
+        require_contiguous(name, part)
+        require_same_device(name, part, "embedding", embedding)
+    _check_table(embedding, dtype, ids)
+    require_offsets("offsets", offsets, len(ids))
+    require_ids("ids", ids, len(embedding))
+
+
+def _check_noise(sigma: Tensor, seeds: Tensor, positions: Tensor, rows: int, ids: Tensor) -> None:
+    for name, values, dtype in (
+        ("sigma", sigma, torch.float32),
+        ("seeds", seeds, torch.int64),
+        ("positions", positions, torch.int64),
+    ):
+        require_shape(name, values, (rows,), "[R]")
+        require_dtype(name, values, dtype)
+        require_contiguous(name, values)
+        require_same_device(name, values, "ids", ids)
+
+
+@triton.jit
+def _embed_fixed(
+    ids, probs, counts, capacity, logits, logits_stride, vocabulary, taus, tile_max, tiles, peaks, cuts, kepts,
+    embedding, width, sigmas, seeds, positions, out,
+    DTYPE: tl.constexpr, STREAM: tl.constexpr, TILE: tl.constexpr, DIMS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Grid (R, cdiv(n0, DIMS))."""
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * DIMS
+    count = tl.load(counts + row)
+    mean = tl.zeros((DIMS,), tl.float32)
+    if count <= capacity:
+        mean = _add_listed(mean, ids + row * capacity, probs + row * capacity, count, embedding, first, width, DTYPE, DIMS, UNROLL)
+    else:
+        mean = _add_unlisted(
+            mean, logits + row * logits_stride, vocabulary, tl.load(taus + row), tile_max + row * tiles,
+            tl.load(peaks + row), tl.load(cuts + row), tl.load(kepts + row), embedding, first, width, DTYPE, TILE, DIMS, UNROLL,
+        )  # fmt: skip
+    noisy = _add_noise(mean, row, first, sigmas, seeds, positions, STREAM, DIMS)
+    _store_row(out + row * width, _rounded(noisy, DTYPE), first, width, DIMS)
+
+
+@triton.jit
+def _embed_csr(
+    ids, probs, offsets, embedding, width, sigmas, seeds, positions, out,
+    DTYPE: tl.constexpr, NOISE: tl.constexpr, STREAM: tl.constexpr, DIMS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Grid (R, cdiv(n0, DIMS)). With NOISE the soft embedding in DTYPE, without it the mean in float32."""
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * DIMS
+    begin = tl.load(offsets + row)
+    count = (tl.load(offsets + row + 1) - begin).to(tl.int32)
+    mean = tl.zeros((DIMS,), tl.float32)
+    mean = _add_listed(mean, ids + begin, probs + begin, count, embedding, first, width, DTYPE, DIMS, UNROLL)
+    if NOISE:
+        mean = _rounded(_add_noise(mean, row, first, sigmas, seeds, positions, STREAM, DIMS), DTYPE)
+    _store_row(out + row * width, mean, first, width, DIMS)
+
+
+@triton.jit
+def _add_listed(mean, ids, probs, count, embedding, first, width, DTYPE: tl.constexpr, DIMS: tl.constexpr, UNROLL: tl.constexpr):
+    """mean + sum of probs[i] * embedding[ids[i]] over i < count, in order."""
+    tokens, weights = _entries(ids, probs, 0, count, UNROLL)
+    for i in range(0, count, UNROLL):
+        rows = _table_rows(embedding, tokens, first, width, DIMS, UNROLL)
+        next_tokens, next_weights = _entries(ids, probs, i + UNROLL, count, UNROLL)  # while the rows are under way
+        mean = _add_rows(mean, weights, rows, DTYPE, UNROLL)
+        tokens, weights = next_tokens, next_weights
+    return mean
+
+
+@triton.jit
+def _add_unlisted(
+    mean, logits, vocabulary, tau, tile_max, peak, cut, kept, embedding, first, width,
+    DTYPE: tl.constexpr, TILE: tl.constexpr, DIMS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """The same sum over the whole support of a row, found in its logits: tokens that do not belong add an exact 0."""
+    for tile in range(tl.cdiv(vocabulary, TILE)):
+        if tl.load(tile_max + tile) - peak > cut:
+            for token in range(tile * TILE, tile * TILE + TILE, UNROLL):
+                tokens, weights = tl.tuple(()), tl.tuple(())
+                for u in tl.static_range(UNROLL):
+                    z = tl.load(logits + token + u, mask=token + u < vocabulary, other=-float("inf"))
+                    belongs = z - peak > cut
+                    tokens += (tl.where(belongs, token + u, -1),)
+                    weights += (tl.where(belongs, support_prob(z, peak, tau, kept), 0.0),)
+                rows = _table_rows(embedding, tokens, first, width, DIMS, UNROLL)
+                mean = _add_rows(mean, weights, rows, DTYPE, UNROLL)
+    return mean
+
+
+@triton.jit
+def _entries(ids, probs, i, count, UNROLL: tl.constexpr):
+    """Entries i .. i + UNROLL - 1 of a list as two tuples of scalars; token -1 and weight 0 past its end."""
+    tokens, weights = tl.tuple(()), tl.tuple(())
+    for u in tl.static_range(UNROLL):
+        tokens += (tl.load(ids + i + u, mask=i + u < count, other=-1),)
+        weights += (tl.load(probs + i + u, mask=i + u < count, other=0.0),)
+    return tokens, weights
+
+
+@triton.jit
+def _table_rows(embedding, tokens, first, width, DIMS: tl.constexpr, UNROLL: tl.constexpr):
+    """A tuple of blocks [DIMS]: coordinates first .. of rows of E, all requested before any is used; 0 for token -1, unread."""
+    coordinate = first + tl.arange(0, DIMS)
+    rows = tl.tuple(())
+    for u in tl.static_range(UNROLL):
+        limit = tl.where(tokens[u] >= 0, width, 0)
+        rows += (tl.load(embedding + tl.cast(tokens[u], tl.int64) * width + coordinate, mask=coordinate < limit, other=0.0),)
+    return rows
+
+
+@triton.jit
+def _add_rows(mean, weights, rows, DTYPE: tl.constexpr, UNROLL: tl.constexpr):
+    """mean + weights[0] * rows[0] + weights[1] * rows[1] + ..., the rows as the engine's dtype has them."""
+    for u in tl.static_range(UNROLL):
+        mean = mean + weights[u] * _rounded(rows[u].to(tl.float32), DTYPE)
+    return mean
+
+
+@triton.jit
+def _add_noise(mean, row, first, sigmas, seeds, positions, STREAM: tl.constexpr, DIMS: tl.constexpr):
+    groups = first // 4 + tl.arange(0, DIMS // 4)
+    noise = normal_block(tl.load(seeds + row), tl.load(positions + row), STREAM, groups)
+    return mean + tl.load(sigmas + row) * noise
+
+
+@triton.jit
+def _rounded(values, DTYPE: tl.constexpr):
+    """float32 values rounded to nearest even to what DTYPE can hold."""
+    if tl.bfloat16 == DTYPE:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(values == values, bits.to(tl.float32, bitcast=True), float("nan"))
+    return values.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _store_row(out, values, first, width, DIMS: tl.constexpr):
+    coordinate = first + tl.arange(0, DIMS)
+    tl.store(out + coordinate, values, mask=coordinate < width)
