@@ -4,7 +4,7 @@ The constant of the Gaussian is left out. Two policies, one backward formula:
 
 | function | p_t = softmax of z_t / tau over | cost | memory |
 |---|---|---|---|
-| soft_logprob | the recorded support S_t | gathers of the N support entries | chunk_entries x (d + n0) |
+| soft_logprob | the recorded support S_t | gathers of the N support entries | a few rows of W and E |
 | soft_logprob_dense | the whole vocabulary (the paper's form) | 7 GEMMs of T x V x d, cross entropy has 4 | chunk_tokens x V |
 
 Backward, with c = d loss / d log pi, from which the attention-like structure spares a second pass over the tokens:
@@ -16,22 +16,37 @@ Backward, with c = d loss / d log pi, from which the attention-like structure sp
  dH_t = sum_v dz_v W_v                    dW_v = sum_t dz_v H_t        dE_v = sum_t p_v r_t
 ```
 
-Arithmetic is float32 after the gather whatever the dtypes of hidden and weights (float64 when hidden is): logits or residuals
-in bf16 would be off by a sizeable part of sigma. dW and dE are summed in float32 and rounded once to the dtype of the weights;
-with tied weights (head is embedding) they are one sum. The inputs h~ are data: no gradient runs to them, nor to tau and sigma.
+With tied weights (head is embedding) dW + dE is one sum. On the support it is one sum over stacked sources [H; r] with stacked
+weights [dz; p]. The dense form does not stack its products: that saves no time where it could be measured, and apart z is gone
+before g comes, 8 bytes a logit instead of 12, so chunks can be larger.
+
+Arithmetic is float32 whatever the dtypes of hidden and weights (float64 when hidden is): logits or residuals in bf16 would be off
+by a sizeable part of sigma. On a GPU the dense form multiplies 16-bit factors and adds in float32 (kernels.matmul). dW and dE are
+summed in float32 and rounded once to the dtype of the weights. The inputs h~ are data: no gradient runs to them, nor to tau and
+sigma.
 """
 
-from bisect import bisect_right
+from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import require_dtype, require_positive, require_shape
-from kernels.segments import accumulation_dtype, entry_dots, rows_of, segment_softmax, segment_sum, weighted_rows
+from kernels import matmul, segments, softmax
+from kernels.checks import (
+    require_contiguous,
+    require_dtype,
+    require_every,
+    require_ids,
+    require_offsets,
+    require_positive,
+    require_same_device,
+    require_shape,
+)
+from kernels.segments import accumulation_dtype, rows_of
 
-CHUNK_ENTRIES = 4096  # on a CPU a chunk of 4096 rows of 576 floats (9 MB) is no slower than a smaller one
+LIKELY = 2.0**-8  # of a token whose float16 weight is corrected: some ten of a row at tau = 0.5, never more than 256
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def soft_logprob(
@@ -43,22 +58,26 @@ def soft_logprob(
     support_offsets: Tensor,
     tau: Tensor,
     sigma: Tensor,
-    chunk_entries: int = CHUNK_ENTRIES,
 ) -> tuple[Tensor, Tensor]:
     """(log pi [T], mean h [T, n0] detached) of the policy on the recorded support; nothing has size V but dW and dE.
 
     hidden [T, d], head [V, d], embedding [V, n0], noisy [T, n0]: any float dtypes; pass one tensor twice when weights are tied.
-    support_ids int32 [N], support_offsets int64 [T + 1] as recorded; tau, sigma [T] above 0. Results are float32, or float64
-    when hidden is; gradients come in the dtypes of their inputs. Raises ValueError on wrong shapes or dtypes.
+    support_ids int32 or int64 [N], support_offsets int64 [T + 1] as recorded; tau, sigma float32 or float64 [T] above 0. Results
+    are float32, or float64 when hidden is; gradients come in the dtypes of their inputs. Raises ValueError, before any work, on
+    wrong shapes, dtypes, devices or values, and on a row with no support; to see the values it waits for the device.
     """
     _check(hidden, head, embedding, noisy, tau, sigma)
     require_shape("support_ids", support_ids, (None,), "[N]")
-    require_dtype("support_ids", support_ids, torch.int32, torch.int64)
     require_shape("support_offsets", support_offsets, (len(hidden) + 1,), "[T + 1]")
+    require_dtype("support_ids", support_ids, torch.int32, torch.int64)
     require_dtype("support_offsets", support_offsets, torch.int64)
-    require_positive("chunk_entries", chunk_entries)
+    for name, tensor in (("support_ids", support_ids), ("support_offsets", support_offsets)):
+        require_contiguous(name, tensor)
+        require_same_device(name, tensor, "hidden", hidden)
+    _check_values(tau, sigma)
+    _check_support(support_ids, support_offsets, len(head))
     logprob, mean = _SupportLogprob.apply(
-        hidden, head, embedding, noisy, support_ids, support_offsets, tau, sigma, chunk_entries, head is embedding
+        hidden, head, embedding, noisy, support_ids, support_offsets, tau, sigma, head is embedding
     )
     return logprob, mean
 
@@ -74,12 +93,27 @@ def soft_logprob_dense(
 ) -> tuple[Tensor, Tensor]:
     """(log pi [T], mean h [T, n0] detached) of the policy over the whole vocabulary, `chunk_tokens` rows of logits at a time.
 
-    Arguments and results as for `soft_logprob`. Raises ValueError on wrong shapes or dtypes.
+    Arguments, results and errors as for `soft_logprob`. The backward pass holds two rows of V float32 per token of the chunk.
     """
     _check(hidden, head, embedding, noisy, tau, sigma)
     require_positive("chunk_tokens", chunk_tokens)
+    _check_values(tau, sigma)
     logprob, mean = _DenseLogprob.apply(hidden, head, embedding, noisy, tau, sigma, chunk_tokens, head is embedding)
     return logprob, mean
+
+
+def soft_kl(mean: Tensor, other_mean: Tensor, sigma: Tensor) -> Tensor:
+    """KL divergence [T] in nats of two soft policies with equal sigma, exactly: |h - h'|^2 / (2 sigma^2). No samples are drawn.
+
+    mean, other_mean [T, n0] in one dtype, float32 or float64; sigma [T]. Its square root times sqrt(2) is the distance of the
+    means in sigmas. Raises ValueError on wrong shapes or dtypes.
+    """
+    require_shape("mean", mean, (None, None), "[T, n0]")
+    require_shape("other_mean", other_mean, (len(mean), mean.shape[1]), "[T, n0]")
+    require_shape("sigma", sigma, (len(mean),), "[T]")
+    require_dtype("mean", mean, torch.float32, torch.float64)
+    require_dtype("other_mean", other_mean, mean.dtype)
+    return -_gaussian(mean, other_mean, sigma)
 
 
 def _check(hidden: Tensor, head: Tensor, embedding: Tensor, noisy: Tensor, tau: Tensor, sigma: Tensor) -> None:
@@ -90,6 +124,25 @@ def _check(hidden: Tensor, head: Tensor, embedding: Tensor, noisy: Tensor, tau: 
     require_shape("noisy", noisy, (tokens, embedding.shape[1]), "[T, n0]")
     require_shape("tau", tau, (tokens,), "[T]")
     require_shape("sigma", sigma, (tokens,), "[T]")
+    matrices = {"hidden": hidden, "head": head, "embedding": embedding, "noisy": noisy}
+    scales = {"tau": tau, "sigma": sigma}
+    for name, tensor in (matrices | scales).items():
+        require_dtype(name, tensor, *(FLOATS if name in matrices else (torch.float32, torch.float64)))
+        require_contiguous(name, tensor)
+        require_same_device(name, tensor, "hidden", hidden)
+
+
+def _check_values(tau: Tensor, sigma: Tensor) -> None:
+    require_every("tau", tau > 0, "above 0")
+    require_every("sigma", sigma > 0, "above 0")
+
+
+def _check_support(ids: Tensor, offsets: Tensor, vocabulary: int) -> None:
+    require_offsets("support_offsets", offsets, len(ids))
+    require_ids("support_ids", ids, vocabulary)
+    empty = int((offsets.diff() == 0).sum())
+    if empty:
+        raise ValueError(f"support_offsets: shape {list(offsets.shape)} with {empty} empty rows, expected supports that have mass")
 
 
 def _gaussian(noisy: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
@@ -117,45 +170,42 @@ class _SupportLogprob(torch.autograd.Function):
         offsets: Tensor,
         tau: Tensor,
         sigma: Tensor,
-        chunk: int,
         tied: bool,
     ) -> tuple[Tensor, Tensor]:
-        rows = rows_of(offsets, len(ids))
-        logits = entry_dots(hidden.to(accumulation_dtype(hidden)), rows, head, ids, chunk)
-        probs = segment_softmax(logits, tau, rows, offsets)
-        mean = _entry_sums(embedding, ids, probs, offsets, chunk)
+        ragged, wide = _ragged(hidden), accumulation_dtype(hidden)
+        logits = ragged.entry_dots(hidden.to(wide), rows_of(offsets, len(ids)), head, ids)
+        probs = ragged.segment_softmax(logits, tau, offsets)
+        mean = ragged.entry_sums(embedding, ids, probs, offsets, wide)
         ctx.save_for_backward(hidden, head, embedding, noisy, ids, offsets, tau, sigma, probs, mean)
-        ctx.chunk, ctx.tied = chunk, tied
+        ctx.tied = tied
         ctx.mark_non_differentiable(mean)
         return _gaussian(noisy, mean, sigma), mean
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _mean: Tensor) -> tuple[Tensor | None, ...]:
         hidden, head, embedding, noisy, ids, offsets, tau, sigma, probs, mean = ctx.saved_tensors
-        rows = rows_of(offsets, len(ids))
+        need_hidden, need_head, need_embedding = ctx.needs_input_grad[:3]
+        ragged, rows = _ragged(hidden), rows_of(offsets, len(ids))
         r = _mean_gradient(grad, noisy, mean, sigma)
-        d_probs = entry_dots(r, rows, embedding, ids, ctx.chunk)
-        average = segment_sum((probs * d_probs).double(), offsets).to(mean.dtype)
-        d_logits = probs * (d_probs - average[rows]) / tau.to(mean.dtype)[rows]
-
-        d_hidden = None
-        if ctx.needs_input_grad[0]:
-            d_hidden = _entry_sums(head, ids, d_logits, offsets, ctx.chunk).to(hidden.dtype)
-        d_head, d_embedding = _weight_accumulators(ctx, head, embedding, mean.dtype)
-        if d_head is not None or d_embedding is not None:
-            order = torch.sort(ids, stable=True).indices
-            sorted_ids, sorted_rows = ids[order], rows[order]
-            if d_head is not None:
-                _add_by_id(d_head, sorted_ids, hidden.to(mean.dtype), sorted_rows, d_logits[order])
-            if d_embedding is not None:
-                _add_by_id(d_embedding, sorted_ids, r, sorted_rows, probs[order])
-        return d_hidden, *_weight_gradients(ctx, d_head, d_embedding, head, embedding), *[None] * 7
+        d_logits = ragged.softmax_gradient(probs, ragged.entry_dots(r, rows, embedding, ids), tau, offsets)
+        d_hidden = d_head = d_embedding = None
+        if need_hidden:
+            d_hidden = ragged.entry_sums(head, ids, d_logits, offsets, hidden.dtype)
+        if ctx.tied and need_head:
+            stacked = torch.cat((hidden.to(mean.dtype), r))
+            both_rows, both_ids, both = torch.cat((rows, rows + len(r))), ids.repeat(2), torch.cat((d_logits, probs))
+            d_head = _sums_by_id(ragged, stacked, both_rows, both_ids, both, head)
+        elif not ctx.tied:
+            d_head = _sums_by_id(ragged, hidden, rows, ids, d_logits, head) if need_head else None
+            d_embedding = _sums_by_id(ragged, r, rows, ids, probs, embedding) if need_embedding else None
+        return d_hidden, d_head, d_embedding, *[None] * 6
 
 
 class _DenseLogprob(torch.autograd.Function):
-    """Saves the peak and the total of each row's weights and the mean; the backward pass computes the logits again.
+    """Saves the peak of each row's logits and the mean [T, n0]; the backward pass computes the logits again.
 
-    The peak and the total, not their logsumexp: so that the backward pass sees the very weights of the forward pass.
+    The sum of a row's weights is taken again too. The second logits may differ from the first in the last bit, which at
+    tau = 1e-4 is 2% of a weight: with its own sum, p is a distribution again.
     """
 
     @staticmethod
@@ -170,90 +220,106 @@ class _DenseLogprob(torch.autograd.Function):
         chunk: int,
         tied: bool,
     ) -> tuple[Tensor, Tensor]:
-        wide = accumulation_dtype(hidden)
-        head_wide = head.to(wide)
-        embedding_wide = head_wide if tied else embedding.to(wide)
-        peak, total = (torch.empty(len(hidden), 1, dtype=wide, device=hidden.device) for _ in range(2))
+        stages, wide, factor = _stages(hidden), accumulation_dtype(hidden), matmul.logit_factor(hidden, head, embedding)
+        fine = matmul.fine_factor(factor)
+        head_factor = head.to(factor)
+        table = head_factor if tied and fine == factor else embedding.to(fine)
+        peak = torch.empty(len(hidden), 1, dtype=wide, device=hidden.device)
         mean = torch.empty(noisy.shape, dtype=wide, device=hidden.device)
+        tau = tau.to(wide)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            logits = hidden[part].to(wide) @ head_wide.T
-            peak[part] = logits.amax(-1, keepdim=True)
-            weights = logits.sub_(peak[part]).div_(tau.to(wide)[part, None]).exp_()
-            total[part] = weights.sum(-1, keepdim=True)
-            mean[part] = (weights @ embedding_wide).div_(total[part])
-        ctx.save_for_backward(hidden, head, embedding, noisy, tau, sigma, peak, total, mean)
+            logits = matmul.wide_mm(hidden[part].to(factor), head_factor.T)
+            weights, total, peak[part] = stages.softmax_weights(logits, tau[part], fine)
+            matmul.wide_mm(weights, table, out=mean[part])
+            if fine != wide:
+                rows, ids, lost = _lost_to_rounding(logits, weights, total, peak[part], tau[part])
+                offsets = torch.searchsorted(rows, torch.arange(len(logits) + 1, device=rows.device))
+                mean[part] += _ragged(hidden).entry_sums(table, ids, lost, offsets, wide)
+                total += segments.segment_sum(lost, offsets)[:, None]
+            mean[part] /= total
+        ctx.save_for_backward(hidden, head, embedding, noisy, tau, sigma, peak, mean)
         ctx.chunk, ctx.tied = chunk, tied
         ctx.mark_non_differentiable(mean)
         return _gaussian(noisy, mean, sigma), mean
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _mean: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, embedding, noisy, tau, sigma, peak, total, mean = ctx.saved_tensors
-        wide = mean.dtype
-        head_wide = head.to(wide)
-        embedding_wide = head_wide if ctx.tied else embedding.to(wide)
+        hidden, head, embedding, noisy, tau, sigma, peak, mean = ctx.saved_tensors
+        need_hidden, need_head, need_embedding = ctx.needs_input_grad[:3]
+        stages, wide, factor = _stages(hidden), mean.dtype, matmul.logit_factor(hidden, head, embedding)
+        fine = matmul.fine_factor(factor)
+        head_factor, head_fine = head.to(factor), head.to(fine)
+        table = head_fine if ctx.tied else embedding.to(fine)
         r = _mean_gradient(grad, noisy, mean, sigma)
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_head, d_embedding = _weight_accumulators(ctx, head, embedding, wide)
+        # r = gain * unit, with weight |unit| |E_v| <= FULL_SCALE; what follows from `unit` is multiplied by `gain` at the end.
+        longest = torch.linalg.vector_norm(table, dim=-1, dtype=wide).amax().clamp_min_(1.0)
+        norm = torch.linalg.vector_norm(r, dim=-1, keepdim=True)
+        gain = (norm * (longest * matmul.weight_scale(fine) / matmul.FULL_SCALE)).clamp_min_(torch.finfo(wide).tiny)
+        unit = (r / gain).to(fine)
+        gain_over_tau = gain / tau[:, None]
+        row_peaks = torch.linalg.vector_norm(hidden, torch.inf, dim=-1, keepdim=True, dtype=wide) * gain_over_tau
+        hidden_scale, r_scale = (peak / matmul.FULL_SCALE for peak in matmul.largest(row_peaks, r))
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
+        d_head = torch.zeros(head.shape, dtype=wide, device=head.device) if need_head else None
+        d_embedding = d_head
+        if not ctx.tied:
+            d_embedding = torch.zeros(embedding.shape, dtype=wide, device=head.device) if need_embedding else None
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            inputs, temperature = hidden[part].to(wide), tau.to(wide)[part, None]
-            probs = (inputs @ head_wide.T).sub_(peak[part]).div_(temperature).exp_().div_(total[part])
-            if d_embedding is not None:
-                d_embedding.addmm_(probs.T, r[part])
-            d_probs = r[part] @ embedding_wide.T
-            # sum_v p_v g_v is r . mean too, but that sum rounds differently, and at tau 1e-4 the difference is all there is.
-            average = (d_probs * probs).sum(-1, keepdim=True)
-            d_logits = d_probs.sub_(average).mul_(probs).div_(temperature)
+            logits = matmul.wide_mm(hidden[part].to(factor), head_factor.T)
+            weights, total, _ = stages.softmax_weights(logits, tau[part], fine, peak[part])
+            del logits
+            d_probs = matmul.wide_mm(unit[part], table.T)
+            d_logits = stages.weight_gradients(weights, total, d_probs)
+            del d_probs
+            row_scale = gain_over_tau[part] / total
             if d_hidden is not None:
-                d_hidden[part] = (d_logits @ head_wide).to(hidden.dtype)
+                d_hidden[part] = matmul.wide_mm(d_logits, head_fine).mul_(row_scale)
             if d_head is not None:
-                d_head.addmm_(d_logits.T, inputs)
-        return d_hidden, *_weight_gradients(ctx, d_head, d_embedding, head, embedding), *[None] * 5
+                inputs = (hidden[part].to(wide) * (row_scale / hidden_scale)).to(fine)
+                matmul.add_mm(d_head, d_logits.T, inputs, hidden_scale)
+            if d_embedding is not None:
+                matmul.add_mm(d_embedding, weights.T, (r[part] / (total * r_scale)).to(fine), r_scale)
+        d_head = None if d_head is None else d_head.to(head.dtype)
+        d_embedding = None if ctx.tied or d_embedding is None else d_embedding.to(embedding.dtype)
+        return d_hidden, d_head, d_embedding, *[None] * 5
 
 
-def _weight_accumulators(ctx: Any, head: Tensor, embedding: Tensor, wide: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """Zeros to sum dW and dE in, where they are needed; tied weights share one sum."""
-    _, need_head, need_embedding = ctx.needs_input_grad[:3]
-    d_head = torch.zeros(head.shape, dtype=wide, device=head.device) if need_head else None
-    if ctx.tied:
-        return d_head, d_head
-    return d_head, torch.zeros(embedding.shape, dtype=wide, device=embedding.device) if need_embedding else None
+def _lost_to_rounding(logits: Tensor, weights: Tensor, total: Tensor, peak: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(row [N], id [N], weight less rounded weight [N]) of the tokens with p > LIKELY, by row, then by id; waits for the device.
 
-
-def _weight_gradients(
-    ctx: Any, d_head: Tensor | None, d_embedding: Tensor | None, head: Tensor, embedding: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dW, dE) rounded to the dtypes of the weights; tied weights hand their one sum to autograd once."""
-    head_gradient = None if d_head is None else d_head.to(head.dtype)
-    return head_gradient, None if ctx.tied or d_embedding is None else d_embedding.to(embedding.dtype)
-
-
-def _entry_sums(table: Tensor, ids: Tensor, weights: Tensor, offsets: Tensor, chunk: int) -> Tensor:
-    """out[t] = sum over t's entries of weights[i] * table[ids[i]]: [T, width of table] in the dtype of `weights`.
-
-    A table that needs widening is gathered `chunk` entries at a time; a row may be split over chunks.
+    An error of the mean lies along the differences of embeddings that dz measures, where sigma eps has only 1 part in sqrt(n0):
+    to the gradient it counts in sigmas. Rounded weights alone would put 4e-3 into it.
     """
-    if table.dtype == weights.dtype:
-        return weighted_rows(table, ids, weights, offsets)
-    out = torch.zeros(len(offsets) - 1, table.shape[1], dtype=weights.dtype, device=table.device)
-    bounds = offsets.tolist()
-    for start in range(0, len(ids), chunk):
-        stop = min(start + chunk, len(ids))
-        rows = slice(bisect_right(bounds, start) - 1, bisect_right(bounds, stop - 1))
-        gathered = table.index_select(0, ids[start:stop]).to(weights.dtype)
-        local = (offsets[rows.start : rows.stop + 1] - start).clamp(0, stop - start)
-        out[rows] += weighted_rows(gathered, torch.arange(stop - start, device=ids.device), weights[start:stop], local)
-    return out
+    rows, ids = (weights > total * LIKELY).nonzero(as_tuple=True)
+    exact = ((logits[rows, ids] - peak[rows, 0]) / tau[rows]).exp_().mul_(matmul.weight_scale(weights.dtype))
+    return rows, ids, exact - weights[rows, ids].to(exact.dtype)
 
 
-def _add_by_id(total: Tensor, sorted_ids: Tensor, source: Tensor, rows: Tensor, weights: Tensor) -> None:
-    """total[v] += sum over the entries i with sorted_ids[i] == v of weights[i] * source[rows[i]].
+def _sums_by_id(ragged: ModuleType, source: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, like: Tensor) -> Tensor:
+    """out[v] = sum over the entries i with ids[i] == v of weights[i] * source[rows[i]], in entry order, as `like` [V, width].
 
-    The entries of an id are added in order before the one write to its row: deterministic, where index_add_ of every entry
-    would use atomics on a GPU, and no gathered [N, width] is formed.
+    Each row of the result is summed on its own and written once: deterministic, where index_add_ would use atomics on a GPU.
     """
-    used, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
-    offsets = F.pad(counts.cumsum(0), (1, 0))
-    total.index_add_(0, used, weighted_rows(source, rows, weights, offsets))
+    sorted_ids, order = torch.sort(ids, stable=True)
+    offsets = torch.searchsorted(sorted_ids, torch.arange(len(like) + 1, device=ids.device, dtype=ids.dtype))
+    return ragged.entry_sums(source, rows[order], weights[order], offsets, like.dtype)
+
+
+def _ragged(hidden: Tensor) -> ModuleType:
+    """Gathers and sums over ragged rows, for the device of `hidden`."""
+    if matmul.uses_triton(hidden):
+        from kernels import triton_segments
+
+        return triton_segments
+    return segments
+
+
+def _stages(hidden: Tensor) -> ModuleType:
+    """What is done to a chunk of logits, for the device of `hidden`."""
+    if matmul.uses_triton(hidden):
+        from kernels import triton_softmax
+
+        return triton_softmax
+    return softmax

@@ -67,8 +67,45 @@ def test_nothing_of_tokens_times_vocabulary_is_ever_alive(dtype, largest_tensor)
     assert largest_tensor.elements <= 2000 * 24
 
 
-def test_wrong_inputs_are_named():
-    with pytest.raises(ValueError, match=r"targets: shape \[4\], expected \[T\] = \[5\]"):
-        token_logprob(torch.randn(5, 4), torch.randn(10, 4), torch.arange(4))
-    with pytest.raises(ValueError, match=r"head: shape \[10, 3\], expected \[V, d\] = \[any, 4\]"):
-        token_logprob(torch.randn(5, 4), torch.randn(10, 3), torch.arange(5))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_it_agrees_with_torchs_own_chunked_cross_entropy(dtype):
+    hidden, head = torch.randn(50, 24, dtype=dtype, requires_grad=True), torch.randn(301, 24, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, 301, (50,))
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=16)
+    theirs = F.linear_cross_entropy(hidden, head, targets, reduction="sum", options=options)
+    ours = -token_logprob(hidden, head, targets, 16)[0].sum()
+    assert torch.allclose(ours, theirs, rtol=1e-6)
+    for grad, expected in zip(*(torch.autograd.grad(loss, [hidden, head]) for loss in (ours, theirs)), strict=True):
+        assert relative(grad, expected.double()) < 1e-5
+
+
+def test_two_runs_give_the_same_bits():
+    hidden, head = torch.randn(50, 24, requires_grad=True), torch.randn(301, 24, requires_grad=True)
+    first, second = (
+        torch.autograd.grad(token_logprob(hidden, head, torch.arange(50), 16)[0].sum(), [hidden, head]) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(*shape)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "head", "targets", "message"),
+    [
+        (ones(5, 4), ones(10, 4), torch.arange(4), r"targets: shape \[4\], expected \[T\] = \[5\]"),
+        (ones(5, 4), ones(10, 4), torch.arange(5).int(), r"targets: dtype torch.int32, expected torch.int64"),
+        (ones(5, 4), ones(10, 4), torch.arange(5) * 3, r"targets: values from 0 to 12, expected ids in \[0, 10\)"),
+        (ones(5, 4), ones(10, 4), torch.arange(5) - 1, r"targets: values from -1 to 3, expected ids in \[0, 10\)"),
+        (ones(5, 4), ones(10, 3), torch.arange(5), r"head: shape \[10, 3\], expected \[V, d\] = \[any, 4\]"),
+        (ones(5, 4), ones(4, 10).T, torch.arange(5), r"head: shape \[10, 4\] with strides \[1, 10\], expected a contiguous"),
+        (ones(5, 4), ones(10, 4).to("meta"), torch.arange(5), r"head: on meta, expected cpu, where hidden is"),
+        (ones(5, 4).int(), ones(10, 4), torch.arange(5), r"hidden: dtype torch.int32, expected torch.bfloat16 or"),
+        (ones(10, 4)[::2], ones(10, 4), torch.arange(5), r"hidden: shape \[5, 4\] with strides \[8, 1\], expected a contiguous"),
+    ],
+)
+def test_wrong_inputs_are_named_before_any_work(hidden, head, targets, message, monkeypatch):
+    monkeypatch.setattr("kernels.token_logprob._TokenLogprob.apply", lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(ValueError, match=message):
+        token_logprob(hidden, head, targets)
