@@ -16,7 +16,7 @@ from torch import Tensor
 from configs.schema import Support
 from kernels.segments import segment_sum
 from kernels.soft_embedding import mix
-from kernels.soft_logprob import soft_logprob, soft_logprob_dense
+from kernels.soft_logprob import soft_kl, soft_logprob, soft_logprob_dense
 from kernels.token_logprob import token_logprob
 from learner.batch import PackedBatch, SoftSteps, TokenSteps
 
@@ -112,7 +112,7 @@ def _soft_terms(
     engine_mean = mix(ids, steps.support_probs, offsets, embedding.detach(), engine_dtype)
     variance = steps.sigma.square()
     residual = (noisy - mean).square().mean(dim=-1) / variance
-    mismatch = (mean - engine_mean).square().sum(dim=-1).sqrt() / steps.sigma
+    mismatch = (2 * soft_kl(mean, engine_mean, steps.sigma)).sqrt()
     return logprob, residual, mismatch
 
 

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels import triton_noise, triton_select, triton_soft_embedding
+from kernels import triton_noise, triton_segments, triton_select, triton_soft_embedding, triton_softmax
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel cannot be compiled")
 
@@ -94,3 +94,27 @@ def test_the_gather_compiles_and_fuses_nothing(width, table, dtype, launches):
     found |= launches(modules, triton_soft_embedding.rebuild, *record, *keys, dtype)
     assert not any("fma.rn.f32" in ptx for ptx in found.values())
     assert set(launches(modules, triton_soft_embedding.mix, *record, dtype)) == {"_embed_csr"}
+
+
+@pytest.mark.parametrize(("tokens", "width", "table"), [(3, 576, BF16), (1, 1, F32)])
+def test_ragged_rows_compile(tokens, width, table, launches):
+    offsets = torch.arange(tokens + 1)
+    rows, ids, entries = torch.arange(tokens), torch.zeros(tokens).int(), torch.ones(tokens)
+    matrix, left = torch.zeros(130, width, dtype=table), torch.zeros(tokens, width)
+    modules = [triton_segments]
+    assert "_entry_dots" in launches(modules, triton_segments.entry_dots, left, rows, matrix, ids)
+    assert "_segment_softmax" in launches(modules, triton_segments.segment_softmax, entries, entries, offsets)
+    assert "_softmax_gradient" in launches(modules, triton_segments.softmax_gradient, entries, entries, entries, offsets)
+    for dtype in (F32, BF16):
+        assert "_entry_sums" in launches(modules, triton_segments.entry_sums, matrix, ids, entries, offsets, dtype)
+
+
+@pytest.mark.parametrize(("vocabulary", "dtype"), [(128256, torch.float16), (1, F32)])
+def test_a_chunk_of_logits_compiles(vocabulary, dtype, launches):
+    logits, targets, row, column = torch.zeros(2, vocabulary), torch.zeros(2).long(), torch.ones(2), torch.ones(2, 1)
+    modules = [triton_softmax]
+    for peak in (None, column):
+        assert "_softmax_weights" in launches(modules, triton_softmax.softmax_weights, logits, row, dtype, peak)
+    assert "_weight_gradients" in launches(modules, triton_softmax.weight_gradients, logits.to(dtype), column, logits)
+    assert "_token_statistics" in launches(modules, triton_softmax.token_statistics, logits, targets)
+    assert "_token_gradient" in launches(modules, triton_softmax.token_gradient, logits, targets, row, dtype)
