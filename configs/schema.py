@@ -68,6 +68,14 @@ class PushBackend(StrEnum):
         return PushBackend.nccl if on_gpu else PushBackend.shm
 
 
+class InFlight(StrEnum):
+    """What a push does to requests that are being decoded (rollout/engine.py)."""
+
+    wait = "wait"  # lets them finish first
+    keep = "keep"  # they go on with the KV of the old weights
+    recompute = "recompute"  # they go on with KV of the new weights, from prompt, recorded mixtures and noise
+
+
 @dataclass
 class RunConfig:
     """Which run this is, and how long."""
@@ -126,6 +134,7 @@ class EngineConfig:
     tensor_parallel: int = 1
     dtype: Dtype = "${model.dtype}"  # type: ignore[assignment]
     max_num_seqs: int = 256  # requests decoded at once by one engine
+    max_num_batched_tokens: int | None = None  # of one step, prompts included, longer ones in parts; unset: vLLM's own choice
     max_model_len: int = 2048  # prompt + CoT + prefill + answer, in tokens
     kv_cache_gib: float | None = None  # unset: 2 on a CPU, vLLM's own share of the memory on a GPU
     enforce_eager: bool = False  # no torch.compile, no CUDA graphs (a CPU engine is always eager)
@@ -158,6 +167,7 @@ class PushConfig:
     """New weights on their way to the engines, and the proof that they arrived."""
 
     backend: PushBackend = PushBackend.auto  # auto: nccl with GPUs, shared memory without
+    in_flight: InFlight = InFlight.wait  # wait, keep or recompute: what becomes of requests that are being decoded
     verify_every: int = 50  # steps between checks of the engine's weights; the first push is always checked
     timeout_s: float = 600.0
 
@@ -184,7 +194,8 @@ class EvalConfig:
     every: int = 50  # steps between validations; 0: only before the first and after the last step
     settings: list[str] = field(default_factory=lambda: ["hard_greedy"])
     samples: int = 1  # per problem; greedy settings always take 1
-    problems: int = 256  # of the validation set, the first ones
+    problems: int = 256  # of the validation set and, during training, of the test set, the first ones
+    max_cot_tokens: int | None = None  # L of an evaluation (the paper's: 512); unset: policy.max_cot_tokens
 
 
 @dataclass
@@ -202,6 +213,11 @@ class Config:
     async_: AsyncConfig = field(default_factory=AsyncConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def eval_cot_tokens(self) -> int:
+        """L of an evaluation."""
+        return self.eval.max_cot_tokens or self.policy.max_cot_tokens
 
 
 TAU_OF_MODE = {Mode.hard: 1.0, Mode.soft: 0.5, Mode.fuzzy: 1e-4}  # paper, section 4.1

@@ -6,6 +6,7 @@ One table for single numbers, then the rules that tie keys together. Each rule s
 import math
 from collections.abc import Mapping
 from difflib import get_close_matches
+from os.path import normpath
 from typing import Any, NoReturn
 
 from configs.errors import InputError
@@ -23,6 +24,7 @@ POSITIVE_INTS = [  # 1, 2, 3, ...
     "engine.count",
     "engine.tensor_parallel",
     "engine.max_num_seqs",
+    "engine.max_num_batched_tokens",
     "engine.max_model_len",
     "engine.threads",
     "learner.ranks",
@@ -33,6 +35,7 @@ POSITIVE_INTS = [  # 1, 2, 3, ...
     "checkpoint.keep",
     "eval.samples",
     "eval.problems",
+    "eval.max_cot_tokens",
 ]
 POSITIVE_NUMBERS = [
     "policy.tau",
@@ -103,6 +106,7 @@ def _names(check: _Checker) -> None:
             check.fail(key, "a folder" if key == "run.dir" else "a model name, a hub id or a checkpoint folder")
     for key in ("task.train", "task.validation", "task.test"):
         _task(check, key)
+    _held_out(check)
     if config.task.prompt != "paper" and "{question}" not in config.task.prompt:
         check.fail("task.prompt", "`paper`, or a template that contains {question}")
     settings = config.eval.settings
@@ -134,6 +138,15 @@ def _task(check: _Checker, key: str) -> None:
         check.fail(key, f"a value for {' and '.join(missing)} too: path, and the columns that hold question and answer")
 
 
+def _held_out(check: _Checker) -> None:
+    """A validation split is held out of its data set, so a set that names no split would train on it too."""
+    train, validation = check.config.task.train, check.config.task.validation
+    if not isinstance(train, dict) or not isinstance(validation, dict):
+        return
+    if normpath(train["path"]) == normpath(validation["path"]) and validation.get("split") == "validation" and "split" not in train:
+        check.fail("task.train", "split: train too: without it the problems of task.validation are trained on")
+
+
 def _policy(check: _Checker) -> None:
     policy, tau = check.config.policy, check.config.policy.tau
     if tau is None:
@@ -157,11 +170,17 @@ def _sizes(check: _Checker) -> None:
     parts += f" + policy.max_answer_tokens {config.policy.max_answer_tokens}"
     if config.engine.max_model_len <= generated:
         check.fail("engine.max_model_len", f"more than {generated} ({parts}), and room for the prompt")
+    evaluated = generated - config.policy.max_cot_tokens + config.eval_cot_tokens
+    if config.engine.max_model_len <= evaluated:
+        check.fail("engine.max_model_len", f"more than {evaluated}: eval.max_cot_tokens is {config.eval_cot_tokens}")
     if config.learner.micro_batch_tokens <= generated:
         check.fail("learner.micro_batch_tokens", f"more than {generated} ({parts}), and the prompt: one sample has to fit")
     for key in ("engine.count", "learner.ranks"):
         if check.value(key) > batch:
             check.fail(key, f"at most {batch} (prompts_per_step x samples_per_prompt): the rest would idle")
+    tokens, requests = config.engine.max_num_batched_tokens, config.engine.max_num_seqs
+    if tokens is not None and tokens < requests:
+        check.fail("engine.max_num_batched_tokens", f"at least engine.max_num_seqs = {requests}: a token of each request a step")
     if config.engine.tensor_parallel != 1:
         check.fail("engine.tensor_parallel", "1: the mixture over an embedding that is split over GPUs is not built yet")
     if config.push.backend == PushBackend.ipc:

@@ -4,7 +4,7 @@ In: problems, a policy's mode, tau and sigma, and weights. Out: Trajectory, Samp
 
     tasks -> prompt -> engine (Ray actor) ---------------- AsyncLLM ----------------> trajectory -> reward -> Group
                                 |                              |                          ^
-                                |   worker_extension: adapter_v1 -> soft_decoding -> record
+                                |   worker_extension: adapter_v1 or _v2 -> slots -> soft_decoding -> record
                                 +-- weight_transfer <- learner.push
 """
 

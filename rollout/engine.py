@@ -1,7 +1,13 @@
 """RolloutEngine: a Ray actor around vLLM's AsyncLLM that turns SampleRequests into Trajectories.
 
-    requests --> AsyncLLM.generate (one vLLM request each) --> worker records --> Trajectory, yielded as each one finishes
-    weights  --> pause, vLLM's weight-transfer calls, caches reset, version raised, resume
+    requests --> AsyncLLM.add_request (one vLLM request each) --> worker records --> Trajectory, yielded as each one finishes
+    weights  --> pause, vLLM's weight-transfer calls, version raised, resume
+
+    push.in_flight   requests that are being decoded       their KV after the push     prompts in the prefix cache
+    wait             finish before the push                -                           forgotten
+    keep             stand still and go on                 stays: of the old weights   stay, for requests of before the push alone
+    recompute        stand still and go on                 made anew, as after         forgotten
+                                                           preemption
 
 vLLM sees ordinary requests that carry softrl's options in `extra_args`; the worker extension does the soft decoding and keeps
 the records, which are fetched in batches as requests finish.
@@ -18,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError, RunError
-from configs.schema import Config, PushBackend
-from rollout.plugin import SHM_BACKEND
+from configs.schema import Config, InFlight
+from rollout.engine_args import engine_args, eos_ids
+from rollout.engine_process import EngineCounters, EngineProcess, last_words
 from rollout.prompt import PREFILL_AFTER_PHRASE, PREFILL_AT_LIMIT, STOP_PHRASE
 from rollout.record import SlotRecord
 from rollout.soft_decoding import BAD_LOGITS, CLOSED, EOS, LENGTH
@@ -38,23 +45,32 @@ class RolloutEngine:
         self._record_ids = itertools.count()
         self._finished: asyncio.Queue[tuple[str, asyncio.Future[SlotRecord]]] = asyncio.Queue()
         self._in_flight = 0
+        self._none_in_flight, self._no_update = asyncio.Event(), asyncio.Event()  # no weight update is open
+        self._none_in_flight.set()
+        self._no_update.set()
+        self._updates = 0  # weight updates begun; see _submit
         self._last_finished = 0.0
         self._submitting = asyncio.Lock()
         self._llm: Any = None
         self._collector: asyncio.Task[None] | None = None
-        self._preemptions = 0
+        self._counters = EngineCounters()
 
     async def start(self) -> dict[str, Any]:
-        """Start vLLM and soft decoding in its workers; returns the first worker's report.
+        """Start vLLM and soft decoding in its workers; returns the first worker's report, with the `pid` of vLLM's engine process.
 
-        Raises InputError for a model or tokenizer that soft decoding does not know, RunError when the workers differ.
+        Raises InputError for a model or tokenizer that soft decoding does not know, RunError when the workers differ or vLLM fails.
         """
         from transformers import AutoTokenizer
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._llm = AsyncLLM.from_engine_args(self._engine_args(), stat_loggers=[_preemption_counter(self)])
+        args = engine_args(self.config, self.model_dir)
+        try:
+            self._llm = AsyncLLM.from_engine_args(args, stat_loggers=[self._counters.logger_factory()])
+        except RuntimeError as error:  # what vLLM raises when its engine process does not come up
+            raise RunError(f"{self.name}: vLLM did not start: {str(error).splitlines()[0]}{last_words()}") from error
+        self._process = EngineProcess(self._llm, self.name)
         tokenizer = AutoTokenizer.from_pretrained(self.model_dir)
-        eos = _eos_ids(self.model_dir, tokenizer)
+        eos = eos_ids(self.model_dir, tokenizer)
         prefills = tuple(tokenizer.encode(text, add_special_tokens=False) for text in (PREFILL_AFTER_PHRASE, PREFILL_AT_LIMIT))
         self._prefills = [np.array(p, dtype=np.int32) for p in prefills]
         self._stop_id = eos[0]
@@ -65,17 +81,18 @@ class RolloutEngine:
             eos_ids=eos,
             stop_id=self._stop_id,
             max_num_seqs=self.config.engine.max_num_seqs,
-            max_cot_tokens=self.config.policy.max_cot_tokens,
+            max_cot_tokens=max(self.config.policy.max_cot_tokens, self.config.eval_cot_tokens),
             max_answer_tokens=self.config.policy.max_answer_tokens,
         )
-        reports = await self._llm.collective_rpc("softrl_attach", args=(spec.to_json(),))
+        reports = await self._rpc("softrl_attach", spec.to_json())
         if not reports or len(set(reports)) > 1:
             raise RunError(f"{self.name}: workers report {reports}, expected the same soft-decoding adapter from each")
         report = json.loads(reports[0])
         if "error" in report:
             raise InputError(f"model.path: {self.config.model.path}: {report['error']}")
+        await self._process.answer(self._llm.update_weight_version(str(self.weight_version)))
         self._collector = asyncio.create_task(self._collect())
-        return {"engine": self.name, **report}
+        return {"engine": self.name, "pid": self._process.pid, **report}
 
     # ------------------------------------------------------------------ rollouts
 
@@ -83,31 +100,49 @@ class RolloutEngine:
         """Trajectories of the requests, each yielded as soon as it finishes; aborts the rest if the caller goes away.
 
         An idle engine is held until all requests are queued and starts with empty caches, so what it computes is a function of
-        the requests alone and not of the moment at which each arrived. Raises InputError for a request that does not fit.
+        the requests alone and not of the moment at which each arrived.
+
+        Raises InputError for a request that does not fit, before any is drawn. A request that fails ends alone: its RunError, the
+        first if there are several, is raised after the trajectories of all others.
         """
         for request in requests:
             self._require_fits(request)
         tasks: list[asyncio.Task[Trajectory]] = []
+        failures: list[RunError] = []
         try:
             async with self._submitting:
+                await self._process.answer(self._update_over())
                 idle = self._in_flight == 0
-                if idle:
-                    await self._llm.pause_generation(mode="keep", clear_cache=True)
                 try:
+                    if idle:
+                        await self._process.answer(self._llm.pause_generation(mode="keep", clear_cache=True))
                     for request in requests:
                         tasks.append(asyncio.create_task(self._finish(request, *await self._submit(request))))
                 finally:
                     if idle:
-                        await self._llm.resume_generation()
+                        await self._process.answer(self._llm.resume_generation())
             for finished in asyncio.as_completed(tasks):
-                yield await finished
+                try:
+                    trajectory = await finished
+                except RunError as error:
+                    failures.append(error)
+                else:
+                    yield trajectory
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)  # each aborts its own request
+        if len(failures) > 1:
+            raise RunError(f"{len(failures)} of {len(requests)} requests failed, the first: {failures[0]}")
+        if failures:
+            raise failures[0]
 
-    async def _submit(self, request: SampleRequest) -> tuple[str, Any, int]:
-        """Queue one request; returns its record id, vLLM's collector of its outputs, and the weight version that begins it."""
+    async def _submit(self, request: SampleRequest) -> tuple[str, Any]:
+        """Queue one request; returns its record id and vLLM's collector of its outputs.
+
+        Its cache salt keeps what the prefix cache holds of its prompt to requests begun with the same weights: a push that keeps
+        the KV of requests in flight keeps their prompts too.
+        """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
@@ -122,23 +157,32 @@ class RolloutEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args=request_options(request, record_id),
         )
-        prompt = TokensPrompt(prompt_token_ids=request.prompt_ids.tolist())
-        collector = await self._llm.add_request(f"softrl-{record_id}", prompt, params)
+        prompt = TokensPrompt(prompt_token_ids=request.prompt_ids.tolist(), cache_salt=str(self._updates))
+        request_id = f"softrl-{record_id}"
+        try:
+            collector = await self._process.answer(self._llm.add_request(request_id, prompt, params))
+        except BaseException:  # the caller may go away when vLLM has the request already
+            await self._llm.abort(request_id)
+            self._record(record_id).cancel()
+            raise
         self._in_flight += 1
-        return record_id, collector, self.weight_version
+        self._none_in_flight.clear()
+        return record_id, collector
 
-    async def _finish(self, request: SampleRequest, record_id: str, collector: Any, first_version: int) -> Trajectory:
+    async def _finish(self, request: SampleRequest, record_id: str, collector: Any) -> Trajectory:
         """Wait for vLLM to finish a request and fetch its record."""
         label = f"{self.name}: prompt {request.prompt_index}, sample {request.sample_index}"
         finished = False
         try:
-            output = await self._output(collector, label)
+            output = (await self._process.answer(self._output(collector, label))).outputs[0]
             finished = True
-            if output.outputs[0].finish_reason != "stop":
-                raise RunError(f"{label}: vLLM ended it with {output.outputs[0].finish_reason!r}, expected 'stop'")
+            if output.finish_reason != "stop":
+                raise RunError(f"{label}: vLLM ended it with {output.finish_reason!r}, expected 'stop'")
             record = await self._record(record_id)
         finally:
             self._in_flight -= 1
+            if not self._in_flight:
+                self._none_in_flight.set()
             if not finished:
                 await self._llm.abort(collector.request_id, internal=True)
                 self._record(record_id).cancel()  # vLLM may have finished it already: the worker then holds a record
@@ -146,9 +190,9 @@ class RolloutEngine:
         if record.stop_code == BAD_LOGITS:
             raise RunError(
                 f"{label}: the model's logits are not finite at CoT step {len(record.shadow_ids)}, answer token "
-                f"{len(record.answer_ids)}, weight version {self.weight_version}; lower learner.lr"
+                f"{len(record.answer_ids)}, weight version {output.weight_versions[-1].version}; lower learner.lr"
             )
-        return self._trajectory(request, record, first_version)
+        return self._trajectory(request, record, output.weight_versions)
 
     async def _output(self, collector: Any, label: str) -> Any:
         """What vLLM says when the request is finished. Raises RunError when no request at all finishes for a whole deadline."""
@@ -167,9 +211,10 @@ class RolloutEngine:
         return request.max_cot_tokens + max(map(len, self._prefills)) + request.max_answer_tokens
 
     def _require_fits(self, request: SampleRequest) -> None:
-        for key in ("max_cot_tokens", "max_answer_tokens"):
-            asked, most = getattr(request, key), getattr(self.config.policy, key)
-            if asked > most:
+        policy = self.config.policy
+        longest_cot = max(policy.max_cot_tokens, self.config.eval_cot_tokens)
+        for key, most in ("max_cot_tokens", longest_cot), ("max_answer_tokens", policy.max_answer_tokens):
+            if (asked := getattr(request, key)) > most:
                 raise InputError(
                     f"{self.name}: prompt {request.prompt_index} asks for {key} = {asked}, the engine was started for "
                     f"policy.{key} = {most}; raise it, or ask for fewer"
@@ -194,7 +239,7 @@ class RolloutEngine:
             while not self._finished.empty():
                 batch.append(self._finished.get_nowait())
             try:
-                blobs = await self._llm.collective_rpc("softrl_take", args=([record_id for record_id, _ in batch],))
+                blobs = await self._rpc("softrl_take", [record_id for record_id, _ in batch])
                 records: dict[str, Any] = unpack_records(blobs[0])
                 error: Exception | None = None
             except Exception as failure:  # the waiting requests must hear of it, whatever it was
@@ -207,7 +252,8 @@ class RolloutEngine:
                 else:
                     future.set_exception(error or RunError(f"{self.name}: the worker has no finished record {record_id}"))
 
-    def _trajectory(self, request: SampleRequest, record: SlotRecord, first_version: int) -> Trajectory:
+    def _trajectory(self, request: SampleRequest, record: SlotRecord, spans: list[Any]) -> Trajectory:
+        """`spans` are vLLM's WeightVersionSpan; vLLM generates one token for every position that the record counts."""
         return Trajectory(
             prompt_ids=request.prompt_ids,
             prompt_index=request.prompt_index,
@@ -227,8 +273,8 @@ class RolloutEngine:
             answer_logprobs=record.answer_logprobs,
             stop_reason=STOP_REASONS[record.stop_code],
             phrase_found=record.prefill_kind == 0,
-            weight_version_first=first_version,
-            weight_version_last=self.weight_version,
+            weight_versions=np.array([int(span.version) for span in spans], dtype=np.int64),
+            weight_version_starts=np.array([span.start for span in spans], dtype=np.int64),
         )
 
     # ------------------------------------------------------------------ weights
@@ -237,34 +283,53 @@ class RolloutEngine:
         """Open the transfer; `init_info` are the fields of the backend's own init info (learner/push.py)."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+        await self._process.answer(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)))
 
     async def start_weight_update(self) -> None:
-        """Let requests in flight finish, clear every cache made with the old weights, and open an update."""
-        await self._llm.pause_generation(mode="wait", clear_cache=True)
-        await self._llm.start_weight_update()
+        """Stand still as `push.in_flight` says and open an update; requests that come now wait until it is over."""
+        in_flight = self.config.push.in_flight
+        async with self._submitting:
+            self._no_update.clear()
+            self._updates += 1
+        if in_flight is InFlight.wait:
+            # vLLM's own "wait" would not wait for requests that are preempted just now, or still queued.
+            await self._process.answer(self._none_in_flight.wait())
+        # "keep" is vLLM's word for requests that stand still; clear_cache=True has it preempt them all, so they lose their KV.
+        mode = "wait" if in_flight is InFlight.wait else "keep"
+        await self._process.answer(self._llm.pause_generation(mode=mode, clear_cache=in_flight is not InFlight.keep))
+        await self._process.answer(self._llm.start_weight_update())
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive and load tensors of the open update; `update_info` are the fields of the backend's own update info."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        await self._process.answer(self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
 
     async def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Close the update and resume; the version rises only now."""
-        await self._llm.finish_weight_update(weight_version)
-        await self._llm.collective_rpc("softrl_refresh")
+        await self._process.answer(self._llm.finish_weight_update(weight_version))
+        await self._rpc("softrl_refresh")
         if weight_version is not None:
             self.weight_version = int(weight_version)
-        await self._llm.resume_generation()
+        await self.abandon_weight_update()
 
     async def abandon_weight_update(self) -> None:
-        """Resume with the old weights after an update that was refused."""
-        await self._llm.resume_generation()
+        """Resume, with the old weights after an update that was refused."""
+        await self._process.answer(self._llm.resume_generation())
+        self._no_update.set()
+
+    async def _update_over(self) -> None:
+        """Returns when no weight update is open. Raises RunError when that takes too long: the learner may have died in one."""
+        deadline_s = self.config.push.timeout_s
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._no_update.wait()
+        except TimeoutError:
+            raise RunError(f"{self.name}: a weight update is open for over push.timeout_s = {deadline_s:g}") from None
 
     async def token_logprobs(self, sequences: list[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
         """Log-probs [T-1] of tokens 1 .. T-1 of each sequence, by an ordinary vLLM prefill that bypasses the prefix cache."""
-        return list(await asyncio.gather(*(self._score(ids) for ids in sequences)))
+        return list(await asyncio.gather(*(self._process.answer(self._score(ids)) for ids in sequences)))
 
     async def _score(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
         from vllm import SamplingParams
@@ -280,8 +345,8 @@ class RolloutEngine:
 
     async def stats(self) -> dict[str, int]:
         """Counters since the start, and what is held now: a leak shows as a number that does not return to 0."""
-        reports = await self._llm.collective_rpc("softrl_stats")
-        return {"preemptions": self._preemptions, "in_flight": self._in_flight, **json.loads(reports[0])}
+        reports = await self._rpc("softrl_stats")
+        return {**vars(self._counters), "in_flight": self._in_flight, **json.loads(reports[0])}
 
     async def stop(self) -> None:
         """End vLLM's processes."""
@@ -290,75 +355,6 @@ class RolloutEngine:
         if self._llm is not None:
             self._llm.shutdown()
 
-    def _engine_args(self) -> Any:
-        import torch
-        from vllm import AsyncEngineArgs
-        from vllm.config import WeightTransferConfig
-
-        engine = self.config.engine
-        on_gpu = torch.cuda.is_available()
-        backend = self.config.push.backend.resolved(on_gpu)
-        kv_cache_gib = engine.kv_cache_gib if engine.kv_cache_gib is not None or on_gpu else 2.0
-        return AsyncEngineArgs(
-            model=self.model_dir,
-            dtype=str(engine.dtype),
-            tensor_parallel_size=engine.tensor_parallel,
-            max_num_seqs=engine.max_num_seqs,
-            max_model_len=engine.max_model_len,
-            enforce_eager=engine.enforce_eager or not on_gpu,
-            kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
-            enable_prompt_embeds=True,  # gives `inputs_embeds`, the rows that soft decoding writes over
-            enable_prefix_caching=True,
-            block_size=None if on_gpu else 32,  # vLLM's 128 on a CPU is longer than many prompts, and only whole blocks are shared
-            worker_extension_cls="rollout.worker_extension.SoftWorkerExtension",
-            weight_transfer_config=WeightTransferConfig(backend=SHM_BACKEND if backend is PushBackend.shm else str(backend)),
-            generation_config="vllm",  # a checkpoint's own sampling defaults must not leak in
-            seed=self.config.run.seed % 2**32,  # numpy takes no more
-            use_tqdm_on_load=False,
-        )
-
-
-def engine_environment(cores: list[int] | None) -> dict[str, str]:
-    """Environment of an engine process. `cores` are the CPU cores for its arithmetic; None where a GPU does it.
-
-    vLLM on a CPU reserves a core for its front end unless told which cores to bind, which halves the compute of a small machine.
-    """
-    common = {"VLLM_NO_USAGE_STATS": "1"}
-    if cores is None:
-        # Soft decoding hooks the V1 model runner; vLLM's default on GPUs is V2.
-        return common | {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-    bind = ",".join(map(str, cores))
-    return common | {"VLLM_CPU_OMP_THREADS_BIND": bind, "OMP_NUM_THREADS": str(len(cores)), "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-
-
-def _preemption_counter(engine: RolloutEngine) -> Any:
-    """A vLLM stat logger that counts preempted requests on the engine object."""
-    from vllm.v1.metrics.loggers import StatLoggerBase
-
-    class PreemptionCounter(StatLoggerBase):
-        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            pass
-
-        def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0) -> None:
-            if iteration_stats is not None:
-                engine._preemptions += iteration_stats.num_preempted_reqs
-
-        def log_engine_initialized(self) -> None:
-            pass
-
-    return PreemptionCounter
-
-
-def _eos_ids(model_dir: str, tokenizer: Any) -> list[int]:
-    """All ids that end a text: the tokenizer's and the checkpoint's. Raises InputError when there is none."""
-    from transformers import GenerationConfig
-
-    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    try:
-        extra = GenerationConfig.from_pretrained(model_dir).eos_token_id
-        ids += [extra] if isinstance(extra, int) else list(extra or [])
-    except OSError:
-        pass  # a checkpoint may come without generation_config.json
-    if not ids:
-        raise InputError(f"{model_dir}: neither tokenizer nor generation_config.json names an end-of-sequence token")
-    return list(dict.fromkeys(ids))
+    async def _rpc(self, method: str, *args: Any) -> list[Any]:
+        """What a method of rollout.worker_extension returns on every worker."""
+        return await self._process.answer(self._llm.collective_rpc(method, args=args))

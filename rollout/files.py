@@ -4,10 +4,11 @@
     NAME.json          model, weight version, config hash, engine dtype, the groups, and what is text
 
                 per trajectory [T]                                     ragged
-    samples     prompt_index sample_index reward correct               prompt_ids                / prompt_offsets [T+1]
+    samples     prompt_index sample_index reward correct timed_out     prompt_ids                / prompt_offsets [T+1]
     policy      mode (0 hard, 1 soft, 2 fuzzy) tau sigma noise_seed    shadow_ids dropped_mass   / cot_offsets [T+1]
-    engine      weight_version_first weight_version_last               prefill_ids               / prefill_offsets [T+1]
-                phrase_found                                           answer_ids answer_logprobs/ answer_offsets [T+1]
+    engine      phrase_found                                           prefill_ids               / prefill_offsets [T+1]
+                                                                       answer_ids answer_logprobs/ answer_offsets [T+1]
+                                           weight_versions weight_version_starts / weight_version_offsets [T+1]
     full record has_soft_embeddings, soft_embeddings [their CoT steps, n0] in the engine's dtype
     supports    support_ids support_probs / support_offsets [all CoT steps + 1]
 
@@ -32,7 +33,7 @@ from configs.errors import InputError, RunError
 from configs.schema import Dtype, Mode
 from rollout.trajectory import Group, Sample, Trajectory
 
-FORMAT = 1
+FORMAT = 2
 MODES = (Mode.hard, Mode.soft, Mode.fuzzy)  # a mode's place is its number in the array `mode`
 
 PER_TRAJECTORY = {
@@ -44,16 +45,17 @@ PER_TRAJECTORY = {
     "noise_seed": np.int64,
     "reward": np.float64,
     "correct": np.bool_,
+    "timed_out": np.bool_,
     "phrase_found": np.bool_,
-    "weight_version_first": np.int64,
-    "weight_version_last": np.int64,
     "has_soft_embeddings": np.bool_,
 }
+OF_SAMPLE = ("reward", "correct", "timed_out")  # the others are their trajectory's
 RAGGED: dict[str, dict[str, Any]] = {  # offsets: the values that they cut
     "prompt_offsets": {"prompt_ids": np.int32},
     "cot_offsets": {"shadow_ids": np.int32, "dropped_mass": np.float32},
     "prefill_offsets": {"prefill_ids": np.int32},
     "answer_offsets": {"answer_ids": np.int32, "answer_logprobs": np.float32},
+    "weight_version_offsets": {"weight_versions": np.int64, "weight_version_starts": np.int64},
 }
 SUPPORT = {"support_ids": np.int32, "support_probs": np.float32}
 JSON_KEYS = {
@@ -183,7 +185,7 @@ def _scalar(sample: Sample, name: str) -> Any:
         return MODES.index(trajectory.mode)
     if name == "has_soft_embeddings":
         return trajectory.soft_embeddings is not None
-    return getattr(sample if name in ("reward", "correct") else trajectory, name)
+    return getattr(sample if name in OF_SAMPLE else trajectory, name)
 
 
 def _typed(rows: NDArray[np.uint8], dtype: torch.dtype) -> Tensor:
@@ -295,13 +297,13 @@ def _read_samples(file: RolloutFile) -> list[Sample]:
     for i in range(count):
         scalar = {name: values[i] for name, values in scalars.items()}
         scalar.pop("has_soft_embeddings")
-        reward, correct = scalar.pop("reward"), scalar.pop("correct")
+        verdict = {name: scalar.pop(name) for name in OF_SAMPLE}
         fields: dict[str, Any] = scalar | {name: parts[i] for name, parts in pieces.items()}
         fields["mode"] = MODES[scalar["mode"]]
         fields["support_offsets"] = support[cot[i] : cot[i + 1] + 1] - support[cot[i]]
         fields["soft_embeddings"] = embeddings[i]
         trajectory = Trajectory(**fields, stop_reason=file.stop_reasons[i])
-        samples.append(Sample(trajectory=trajectory, reward=reward, correct=correct, answer_text=file.answer_texts[i]))
+        samples.append(Sample(trajectory=trajectory, answer_text=file.answer_texts[i], **verdict))
     return samples
 
 

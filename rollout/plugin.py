@@ -1,8 +1,12 @@
 """What vLLM loads in every one of its processes through the `vllm.general_plugins` entry point.
 
-It registers the shared-memory weight transfer, and gives the KV blocks of a softrl request's chain of thought a prefix-cache key
-of their own: vLLM keys a block by its token ids, and two soft histories with equal shadow ids have different keys and values.
-Prompt blocks keep vLLM's key, so the samples of a group share their prompt.
+It registers the shared-memory weight transfer, and changes two things in vLLM:
+
+- The KV blocks of a softrl request's chain of thought get a prefix-cache key of their own: vLLM keys a block by its token ids, and
+  two soft histories with equal shadow ids have different keys and values. Prompt blocks keep vLLM's key, so the samples of a group
+  share their prompt.
+- Blocks are zeroed before they are used again. A request whose logits are not finite leaves NaN in its blocks, and attention over
+  the unwritten rest of a block is 0 * NaN: whoever got its blocks next failed with it.
 """
 
 import functools
@@ -27,6 +31,14 @@ def register() -> None:
     if SHM_BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(SHM_BACKEND, "rollout.weight_transfer", "SharedMemoryWeightTransferEngine")
     _patch_block_hash()
+    _zero_reused_blocks()
+
+
+def _zero_reused_blocks() -> None:
+    """Have vLLM zero KV blocks as it does for models whose state is read before it is whole (v1/kv_cache_interface.py)."""
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    KVCacheConfig.needs_kv_cache_zeroing = property(lambda self: True)
 
 
 def _patch_block_hash() -> None:

@@ -96,6 +96,8 @@ class SoftDecoder:
         self.answer_length = per_slot(torch.int64)
         self.answer_ids = per_slot(torch.int32, max_answer_tokens)
         self.answer_logprobs = per_slot(torch.float32, max_answer_tokens)
+        self.emitted_length = per_slot(torch.int64)
+        self.emitted_ids = per_slot(torch.int64, max_cot_tokens + width + max_answer_tokens)
         self.arena = SupportArena(slots, max_cot_tokens)
         self._full: dict[int, Tensor] = {}  # slot -> [L, n0], the inputs as they were fed, for record: full
         self._free = list(range(slots - 1, -1, -1))
@@ -112,7 +114,7 @@ class SoftDecoder:
             "tau": request.tau, "sigma": request.sigma, "seed": request.seed, "cot_limit": request.max_cot_tokens,
             "answer_limit": request.max_answer_tokens, "answer_temperature": request.answer_temperature,
             "phrase_state": 0, "prefill_kind": AT_LIMIT, "brace_depth": 1, "escaping": 0, "stop_code": RUNNING, "overlaid": False,
-            "cot_length": 0, "answer_length": 0,
+            "cot_length": 0, "answer_length": 0, "emitted_length": 0,
         }.items():  # fmt: skip
             getattr(self, name)[slot] = value
         self.arena.ends[slot] = 0
@@ -122,11 +124,13 @@ class SoftDecoder:
         return slot
 
     def release(self, slot: int) -> None:
+        """Give back an admitted slot, once, whatever its phase. Take its `record` first: the next request overwrites it."""
         self._full.pop(slot, None)
         self._free.append(slot)
 
     @property
     def free_slots(self) -> int:
+        """How many more requests `admit` takes."""
         return len(self._free)
 
     def record(self, slot: int) -> SlotRecord:
@@ -146,21 +150,25 @@ class SoftDecoder:
 
     # ------------------------------------------------------------------ one step
 
-    def advance(self, slots: Tensor, logits: Tensor, hidden: Tensor) -> Tensor:
+    def advance(self, slots: Tensor, output_index: Tensor, logits: Tensor, hidden: Tensor) -> Tensor:
         """Advance every row's request by one position and return the ids [R] int64 the scheduler should see.
 
-        slots: int64 [R], distinct. logits: [R, V' or V] of the engine. hidden: [R, d] the head's inputs that made them.
+        slots: int64 [R], distinct. output_index: int64 [R], how many outputs the scheduler knows of the request. A scheduler that
+        resets its caches discards outputs under way and asks for them again: what was emitted is emitted again, nothing advances.
+        logits: [R, V' or V] of the engine. hidden: [R, d] the head's inputs that made them.
         A row whose logits are NaN or +inf, or all -inf, ends with BAD_LOGITS; the other rows do not notice.
         """
         logits = logits[:, : self.vocab_size]
-        phase = self.phase[slots]
+        again = output_index < self.emitted_length[slots]
+        at = output_index.clamp_max(self.emitted_ids.shape[1] - 1)  # a request that is done may be asked for more
+        emitted = torch.where(again, self.emitted_ids[slots, at], self.stop_id)
+        phase = torch.where(again, DONE, self.phase[slots])
         bad = ~torch.isfinite(logits.amax(dim=1)) & (phase != DONE) & (phase != PREFILL)
         if bad.any():
             self.stop_code[slots[bad]] = BAD_LOGITS
             self.phase[slots[bad]] = DONE
-            phase = self.phase[slots]
-        self.overlaid[slots] = False
-        emitted = torch.full_like(slots, self.stop_id)
+            phase = torch.where(bad, DONE, phase)
+        self.overlaid[slots] &= again
         for of_phase, act in ((COT, self._think), (PREFILL, self._force), (ANSWER, self._answer)):
             rows = (phase == of_phase).nonzero().squeeze(1)
             if len(rows):
@@ -172,6 +180,8 @@ class SoftDecoder:
             self.next_input[plain] = self.embedding[self.stop_id]
             self.overlaid[plain] = True
             emitted[disguised] = self.other_id
+        self.emitted_ids[slots, at] = emitted
+        self.emitted_length[slots] = torch.maximum(self.emitted_length[slots], output_index + 1)
         return emitted
 
     def _think(self, slots: Tensor, logits: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:

@@ -62,11 +62,12 @@ class Trajectory:
     answer_logprobs: NDArray[np.float32]  # [A] the engine's, at temperature 1
     stop_reason: str  # STOP_ANSWER_*
     phrase_found: bool  # the CoT ended by itself, before L
-    weight_version_first: int  # the version that began it, and the one that finished it
-    weight_version_last: int
+    weight_versions: NDArray[np.int64]  # [K] the versions of the weights that drew it, in order; one where no push came between
+    weight_version_starts: NDArray[np.int64]  # [K] the first generated position (CoT, prefill, answer) of each, from 0
 
     @property
     def cot_length(self) -> int:
+        """C: CoT steps, the one that completes the stop phrase included, the forced prefill not."""
         return len(self.shadow_ids)
 
     @property
@@ -87,6 +88,7 @@ class Sample:
     reward: float  # 100 right, 10 boxed but wrong, 0 nothing boxed (paper, section 4.1)
     correct: bool
     answer_text: str
+    timed_out: bool = False  # the check of the answer did not end; counted as wrong
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from configs.errors import InputError
 from kernels.soft_embedding import rms
-from rollout import adapter_v1
+from rollout.adapters import attach, require_compatible
 from rollout.soft_decoding import SoftDecoder
 from rollout.token_tables import build_token_tables
 from rollout.wire import AttachSpec, pack_records
@@ -23,7 +23,8 @@ class SoftWorkerExtension:
     def softrl_attach(self, spec_json: str) -> str:
         """Install the soft decoder in this worker's model runner; returns a JSON report of what is now running.
 
-        For a model or tokenizer it cannot decode with: {"error": the reason}, because vLLM's RPC loses the type of an exception.
+        For a model, tokenizer, runner or option of vLLM it cannot decode with: {"error": the reason}, because vLLM's RPC loses the
+        type of an exception.
         """
         try:
             return json.dumps(self._attach(AttachSpec.from_json(spec_json)))
@@ -31,6 +32,7 @@ class SoftWorkerExtension:
             return json.dumps({"error": str(error)})
 
     def _attach(self, spec: AttachSpec) -> dict[str, Any]:
+        require_compatible(self.model_runner.vllm_config)
         model = self.model_runner.get_model()
         embedding, head = input_embedding(model), output_head(model)
         vocab_size = self.model_runner.model_config.get_vocab_size()
@@ -45,9 +47,8 @@ class SoftWorkerExtension:
             embedding=embedding,
             head=head,
         )
-        adapter_v1.attach(self.model_runner, decoder)
         return {
-            "adapter": "v1",
+            "adapter": attach(self.model_runner, decoder),
             "runner": type(self.model_runner).__name__,
             "vllm": vllm.__version__,
             "dtype": str(embedding.dtype).removeprefix("torch."),
@@ -59,18 +60,23 @@ class SoftWorkerExtension:
 
     def softrl_take(self, record_ids: list[str]) -> bytes:
         """Finished records as one safetensors blob (rollout.wire); each is handed out once."""
-        return pack_records(self.model_runner.softrl_take(record_ids))
+        return pack_records(self.model_runner.softrl.take(record_ids))
 
     def softrl_refresh(self) -> None:
-        """Look the weights up again after a push, which may have moved them."""
-        model, decoder = self.model_runner.get_model(), self.model_runner.softrl_decoder
+        """Look the weights up again after a push, which may have moved them; inputs that wait are made of the new ones."""
+        model, requests = self.model_runner.get_model(), self.model_runner.softrl
+        decoder = requests.decoder
         decoder.embedding, decoder.head = input_embedding(model), output_head(model)
+        for slot in requests.slots.values():
+            if decoder.overlaid[slot]:
+                newest = int(decoder.cot_length[slot]) - 1
+                decoder.next_input[slot] = decoder.replay(slot, newest, newest + 1)[1][0]
 
     def softrl_stats(self) -> str:
         """What is held now, as JSON: slots, which vLLM frees with its next batch, and records that nobody has taken."""
-        runner = self.model_runner
-        slots = len(runner.softrl_decoder.phase)
-        return json.dumps({"slots_used": slots - runner.softrl_decoder.free_slots, "records_untaken": len(runner.softrl_finished)})
+        requests = self.model_runner.softrl
+        slots_used = len(requests.decoder.phase) - requests.decoder.free_slots
+        return json.dumps({"slots_used": slots_used, "records_untaken": len(requests.finished)})
 
 
 def input_embedding(model: Any) -> torch.Tensor:

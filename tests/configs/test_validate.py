@@ -48,6 +48,7 @@ def test_nothing_is_negative(tmp_path: Path, key: str) -> None:
         (["learner.ranks=65"], ["learner.ranks = 65", "at most 64"]),
         (["engine.count=65"], ["engine.count = 65", "at most 64"]),
         (["push.backend=ipc"], ["push.backend = ipc", "auto, shm or nccl"]),
+        (["engine.max_num_batched_tokens=8"], ["engine.max_num_batched_tokens = 8", "at least engine.max_num_seqs = 256"]),
         (["engine.tensor_parallel=2"], ["engine.tensor_parallel = 2", "not built yet"]),
         (["eval.settings=[hard_gredy]"], ["eval.settings", "found hard_gredy", "did you mean hard_greedy?"]),
         (["eval.settings=[]"], ["eval.settings = []", "at least one name"]),
@@ -57,6 +58,14 @@ def test_nothing_is_negative(tmp_path: Path, key: str) -> None:
         (["task.test={path: a, question: b}"], ["task.test", "a value for answer too"]),
         (["task.test={path: a, question: b, anwser: c}"], ["found anwser", "did you mean answer?"]),
         (["task.test={path: a, question: b, answer: 3}"], ["text for answer"]),
+        (
+            [
+                "task.train={path: a, question: b, answer: c}",
+                "task.validation={path: ./a, question: b, answer: c, split: validation}",
+            ],
+            ["task.train = {'path': 'a'", "split: train too", "task.validation"],
+        ),
+        (["eval.max_cot_tokens=2000"], ["engine.max_model_len = 2048", "more than 2048", "eval.max_cot_tokens is 2000"]),
         (["run.name=a/b"], ["run.name = a/b", "without slashes"]),
         (["run.name=.."], ["run.name = .."]),
         (["model.path= "], ["model.path", "a model name"]),
@@ -85,6 +94,12 @@ def test_a_task_must_be_a_name_or_a_mapping(tmp_path: Path) -> None:
         ["policy.mode=hard", "policy.gamma=0"],
         ["policy.mode=fuzzy", "policy.tau=0.1"],
         ["push.backend=shm"],
+        [
+            "task.train={path: a, question: b, answer: c, split: train}",
+            "task.validation={path: a, question: b, answer: c, split: validation}",
+        ],
+        ["eval.max_cot_tokens=512"],
+        ["engine.max_num_batched_tokens=256", "push.in_flight=recompute"],
         [f"eval.settings=[{', '.join(EVAL_SETTINGS)}]"],
     ],
 )

@@ -42,12 +42,12 @@ class Rig:
     def call(self, ref: Any) -> Any:
         return ray.get(ref, timeout=DEADLINE_S)
 
-    def push_tensors(self, names: list[str], tensors: dict[str, Tensor]) -> None:
+    def push_tensors(self, names: list[str], tensors: dict[str, Tensor], engine: Any = None, version: int = 0) -> None:
         """Push a checkpoint of our own making, through the learner's sender: `names` are promised, `tensors` are sent."""
         first = next(iter(tensors.values()))
         metas = [ParamMeta(name, first.dtype, tuple(tensors[name].shape if name in tensors else first.shape)) for name in names]
-        client = EngineClient([self.engine], 1, DEADLINE_S)
-        client.version = "0"
+        client = EngineClient([engine or self.engine], 1, DEADLINE_S)
+        client.version = str(version)
         info = SharedMemoryTrainerInfo(rank=0)
         SharedMemoryTrainer.trainer_init(
             info, client=client, source=LearnerSource(metas, lambda: iter(tensors.items()))
@@ -94,8 +94,9 @@ def tiny_config(model_dir: Path, *overrides: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def rig(ray_cluster: None, tiny_llama: Path) -> Iterator[Rig]:
-    config = tiny_config(tiny_llama)
+def rig(request: pytest.FixtureRequest, ray_cluster: None, tiny_llama: Path) -> Iterator[Rig]:
+    """With the config overrides that the test module lists under the name RIG."""
+    config = tiny_config(tiny_llama, *getattr(request.module, "RIG", ()))
     with placed(config, str(tiny_llama)) as cluster, Scorer(workers=1) as scorer:
         engine, learner = cluster.engines[0], cluster.learners[0]
         rollouts, report = start(config, tiny_llama, cluster, scorer)

@@ -36,8 +36,8 @@ def trajectory(prompt: list[int], mode: Mode, cot: int, prefill: int, answer: in
         answer_logprobs=-np.ones(answer, np.float32),
         stop_reason=STOP_ANSWER_LENGTH,
         phrase_found=False,
-        weight_version_first=0,
-        weight_version_last=0,
+        weight_versions=np.array([0]),
+        weight_version_starts=np.array([0]),
     )
 
 

@@ -122,8 +122,8 @@ def roll_out(
         answer_logprobs=np.array(logprobs, np.float32),
         stop_reason=STOP_ANSWER_LENGTH,
         phrase_found=False,
-        weight_version_first=0,
-        weight_version_last=0,
+        weight_versions=np.array([0]),
+        weight_version_starts=np.array([0]),
     )
 
 

@@ -128,6 +128,27 @@ def a_story(toy: Toy, seed: int) -> Story:
     return Story(request, hidden, bad_at=random.randrange(LONGEST) if random.random() < 0.3 else None)
 
 
+def certain(token: int) -> Tensor:
+    """float32 logits [1, V] of a model that says nothing else."""
+    logits = torch.full((1, VOCABULARY), -60.0)
+    logits[0, token] = 60.0
+    return logits
+
+
+def advance(decoder: SoftDecoder, slots: Tensor, logits: Tensor, hidden: Tensor) -> list[int]:
+    """The next output of each slot."""
+    return decoder.advance(slots, decoder.emitted_length[slots], logits, hidden).tolist()
+
+
+def say(decoder: SoftDecoder, slot: int, tokens: list[int]) -> list[int]:
+    """Have the model say tokens of the CoT or the answer, with what is forced in between; returns the emitted ids."""
+    emitted, left = [], list(tokens)
+    while left or decoder.phase[slot] == machine.PREFILL:
+        token = 0 if decoder.phase[slot] == machine.PREFILL else left.pop(0)
+        emitted += advance(decoder, torch.tensor([slot]), certain(token), torch.zeros(1, WIDTH))
+    return emitted
+
+
 @dataclass
 class Told:
     """How a request went, position by position, and what was recorded of it."""

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from vllm.config import ParallelConfig
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from configs.errors import InputError
 from configs.load import load_config
@@ -18,10 +20,9 @@ from configs.schema import Config, Mode
 from rollout.adapter_v1 import SoftModelRunner
 from rollout.engine import RolloutEngine
 from rollout.models import SMOLLM2, resolve_model
-from rollout.plugin import EXTRA_ARG
 from rollout.soft_decoding import DONE
 from rollout.trajectory import SampleRequest
-from rollout.wire import slot_request
+from rollout.wire import request_options
 from rollout.worker_extension import SoftWorkerExtension
 
 DEADLINE_S = 20
@@ -33,12 +34,15 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(config)
 
 
-class Runner:
+class Runner(GPUModelRunner):
     """What soft decoding is mixed into; its requests are never scheduled."""
 
     def __init__(self, model: nn.Module) -> None:
         self.get_model = lambda: model
-        self.model_config = SimpleNamespace(get_vocab_size=lambda: VOCABULARY)
+        self.model_config = SimpleNamespace(get_vocab_size=lambda: VOCABULARY, enable_prompt_embeds=True)
+        self.vllm_config = SimpleNamespace(
+            model_config=self.model_config, parallel_config=ParallelConfig(), speculative_config=None, lora_config=None
+        )
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         pass
@@ -51,6 +55,9 @@ class Vllm:
         self.worker = SoftWorkerExtension()
         self.worker.model_runner = Runner(model)
         self.decoded = asyncio.Event()
+        process = SimpleNamespace(pid=1, exitcode=None)
+        self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=SimpleNamespace(processes=[process])))
+        self.output_handler = asyncio.get_running_loop().create_future()  # never done: the process never dies
 
     @property
     def runner(self) -> SoftModelRunner:
@@ -60,16 +67,17 @@ class Vllm:
         return [getattr(self.worker, method)(*args)]
 
     async def add_request(self, request_id: str, prompt: dict[str, Any], params: Any) -> Any:
-        options, decoder = params.extra_args[EXTRA_ARG], self.runner.softrl_decoder
-        slot = decoder.admit(slot_request(options, len(prompt["prompt_token_ids"])))
-        self.runner.softrl_slots[request_id], self.runner.softrl_record_ids[request_id] = slot, options["record_id"]
-        while decoder.phase[slot] != DONE:
-            decoder.advance(torch.tensor([slot]), torch.randn(1, VOCABULARY), torch.zeros(1, 32))
+        requests, decoder = self.runner.softrl, self.runner.softrl.decoder
+        slots = torch.tensor([requests.admit(request_id, params, len(prompt["prompt_token_ids"]))])
+        while decoder.phase[slots] != DONE:
+            decoder.advance(slots, decoder.emitted_length[slots], torch.randn(1, VOCABULARY), torch.zeros(1, 32))
         self.runner._on_request_state_removed(request_id, None)
         self.decoded.set()
         return SimpleNamespace(request_id=request_id, get=asyncio.Event().wait, close=lambda: None)
 
-    async def abort(self, request_id: str, internal: bool) -> None:
+    async def update_weight_version(self, version: str) -> None: ...
+
+    async def abort(self, request_id: str, internal: bool = False) -> None:
         """Too late: the request has left."""
 
     async def pause_generation(self, **_: Any) -> None: ...
@@ -133,7 +141,7 @@ def test_a_request_beyond_what_the_engine_was_started_for_is_refused(
     async def ask() -> None:
         engine = start(config, llama(), monkeypatch)
         await engine.start()
-        assert engine._llm.runner.softrl_decoder.shadow_ids.shape == (2 * 4, 6)
+        assert engine._llm.runner.softrl.decoder.shadow_ids.shape == (2 * 4, 6)
         async for _ in engine.generate([a_request(), a_request(**fields)]):
             pass
 
@@ -150,12 +158,42 @@ def test_a_record_that_nobody_will_fetch_is_dropped(config: Config, monkeypatch:
         drawing = asyncio.create_task(anext(engine.generate([a_request()])))
         await engine._llm.decoded.wait()
         await asyncio.sleep(0.01)
-        assert engine._llm.runner.softrl_finished.keys() == {"0"}
+        assert engine._llm.runner.softrl.finished.keys() == {"0"}
         drawing.cancel()
         await asyncio.gather(drawing, return_exceptions=True)
         while any((stats := await engine.stats()).values()):
             await asyncio.sleep(0.01)
-        assert stats == {"preemptions": 0, "in_flight": 0, "slots_used": 0, "records_untaken": 0}
+        assert {"in_flight", "slots_used", "records_untaken"} <= stats.keys()
         await engine.stop()
 
     asyncio.run(asyncio.wait_for(leave_early(), DEADLINE_S))
+
+
+@pytest.mark.parametrize("mode", [Mode.soft, Mode.hard])
+def test_an_input_that_waits_during_a_push_is_made_of_the_new_weights(
+    config: Config, monkeypatch: pytest.MonkeyPatch, mode: Mode
+) -> None:
+    """As is every input before it that is replayed, and as the learner will rebuild it."""
+
+    async def push() -> None:
+        model = llama()
+        engine = start(config, model, monkeypatch)
+        await engine.start()
+        worker = engine._llm.worker
+        requests, decoder = engine._llm.runner.softrl, engine._llm.runner.softrl.decoder
+        slot = requests.admit("a", SimpleNamespace(extra_args=request_options(a_request(mode=mode), "0")), 5)
+        slots, logits = torch.tensor([slot]), torch.zeros(1, VOCABULARY)
+        logits[0, decoder.stop_id] = 50.0  # hard: a true token whose id must not be shown is overlaid too
+        for _ in range(3):
+            decoder.advance(slots, decoder.emitted_length[slots], logits, torch.zeros(1, 32))
+        before = decoder.next_input[slot].clone()
+        embedding = model.get_input_embeddings().weight
+        noise = 0.0 if mode is Mode.hard else before - embedding[decoder.stop_id]
+        with torch.no_grad():
+            embedding.mul_(3)
+        worker.softrl_refresh()
+        torch.testing.assert_close(decoder.next_input[slot], embedding[decoder.stop_id] + noise)
+        assert not torch.equal(decoder.next_input[slot], before)
+        await engine.stop()
+
+    asyncio.run(asyncio.wait_for(push(), DEADLINE_S))

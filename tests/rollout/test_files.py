@@ -1,9 +1,6 @@
 """A rollout that was written is the rollout that is read: bit for bit, or a line that names the file and the key."""
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from configs.errors import InputError, RunError
 from configs.schema import Dtype, Mode
 from rollout.files import list_rollouts, read_groups, write_rollouts
 from rollout.trajectory import Group, Sample, Trajectory
+from tests.full_disk import files_of_at_most
 
 WIDTH = 6  # n0
 
@@ -46,8 +44,8 @@ def trajectory(rng: np.random.Generator, mode: Mode, cot: int, answer: int, full
         answer_logprobs=-rng.random(answer, dtype=np.float32),
         stop_reason=str(rng.choice(["closed", "eos", "length"])),
         phrase_found=bool(rng.integers(2)),
-        weight_version_first=3,
-        weight_version_last=4,
+        weight_versions=3 + np.arange(1 + cot % 3),
+        weight_version_starts=2 * np.arange(1 + cot % 3),
     )
 
 
@@ -64,6 +62,7 @@ def batch(seed: int, cots: list[list[int]], modes: list[Mode], full: Dtype | Non
                     trajectory=trajectory(rng, modes.pop(0), cot, answer=i, full=full),
                     reward=float(rng.choice([0.0, 10.0, 100.0])),
                     correct=bool(i % 2),
+                    timed_out=bool(i % 3),
                     answer_text='\\frac{1}{2} \u2192 \ud800\n"',  # JSON must take whatever a tokenizer decodes
                 )
                 for i, cot in enumerate(lengths)
@@ -187,7 +186,7 @@ def test_an_array_that_does_not_fit_is_named(tmp_path: Path, key: str, tensor: t
     [
         ("model", None, "model: expected a JSON str, which is missing"),
         ("weight_version", "3", "weight_version: expected a JSON int, found '3'"),
-        ("format", 7, "format = 7: expected 1"),
+        ("format", 7, "format = 7: expected 2"),
         ("engine_dtype", "float16", "engine_dtype = float16: expected one of bfloat16, float32"),
         ("stop_reason", ["eos"], "stop_reason: expected 5 texts"),
         ("groups", [{"step": 1, "samples": 5}], "groups: .*prompt_index"),
@@ -218,17 +217,6 @@ def test_folders_and_files_that_are_no_rollouts(tmp_path: Path) -> None:
     arrays.write_bytes(arrays.read_bytes()[:-3])
     with pytest.raises(InputError, match=r"step_000040.safetensors: not a readable safetensors file"):
         read(tmp_path)
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Any file that grows past `size` bytes fails to be written, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from rollout.soft_decoding import (
     DONE,
     EOS,
     LENGTH,
-    PREFILL,
     RUNNING,
     SoftDecoder,
 )
@@ -34,15 +33,17 @@ from tests.rollout.slow_decoding import (
     LONGEST,
     PREFILLS,
     STOP_IDS,
-    VOCABULARY,
     WIDTH,
     Story,
     Told,
     Toy,
     a_request,
     a_story,
+    advance,
+    certain,
     decode_slowly,
     ids,
+    say,
 )
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -60,7 +61,8 @@ class Seen:
 
 def decode(toy: Toy, decoder: SoftDecoder, stories: list[Story], random: Random | None = None) -> list[Seen]:
     """Run stories through a decoder: one after the other, or, with `random`, many at a time, in batches that change all the time:
-    rows come and go, change places and miss steps, as under preemption. Replays whatever has been fed so far."""
+    rows come and go, change places, miss steps and are asked again for outputs that were discarded, as under preemption. Replays
+    whatever has been fed so far."""
     seen, waiting, running = [Seen() for _ in stories], list(range(len(stories))), dict[int, int]()
     while waiting or running:
         while waiting and decoder.free_slots and (not running or (random and random.random() < 0.5)):
@@ -72,9 +74,14 @@ def decode(toy: Toy, decoder: SoftDecoder, stories: list[Story], random: Random 
         slots = torch.tensor([running[story] for story in batch])
         hidden = torch.stack([stories[story].hidden[len(seen[story].phases)] for story in batch])
         logits = torch.stack([stories[story].logits(toy, len(seen[story].phases)) for story in batch])
-        emitted = decoder.advance(slots, logits, hidden).tolist()
-        for story, slot, token in zip(batch, slots.tolist(), emitted, strict=True):
+        output_index = [known_outputs(seen[story], random) for story in batch]
+        emitted = decoder.advance(slots, torch.tensor(output_index), logits, hidden).tolist()
+        for story, slot, index, token in zip(batch, slots.tolist(), output_index, emitted, strict=True):
             one = seen[story]
+            if index < len(one.emitted):
+                assert token == one.emitted[index] and int(decoder.phase[slot]) == one.phases[-1]
+                assert torch.equal(next_fed(toy, decoder, slot, one.emitted[-1]), one.inputs[-1])
+                continue
             one.emitted.append(token)
             one.phases.append(int(decoder.phase[slot]))
             if one.phases[-1] == DONE:
@@ -82,10 +89,21 @@ def decode(toy: Toy, decoder: SoftDecoder, stories: list[Story], random: Random 
                 decoder.release(slot)
                 del running[story]
                 continue
-            one.inputs.append((decoder.next_input[slot] if decoder.overlaid[slot] else toy.embedding[token]).clone())
+            one.inputs.append(next_fed(toy, decoder, slot, token))
             if random:
                 assert_replays(toy, decoder, slot, one, random)
     return seen
+
+
+def known_outputs(seen: Seen, random: Random | None) -> int:
+    """How many outputs the scheduler knows: all, or, now and then, not the latest, which it discarded."""
+    count = len(seen.emitted)
+    return random.randrange(count) if random and count and random.random() < 0.2 else count
+
+
+def next_fed(toy: Toy, decoder: SoftDecoder, slot: int, token: int) -> Tensor:
+    """The input [n0] of the position after the one that emitted `token`."""
+    return (decoder.next_input[slot] if decoder.overlaid[slot] else toy.embedding[token]).clone()
 
 
 def assert_replays(toy: Toy, decoder: SoftDecoder, slot: int, seen: Seen, random: Random) -> None:
@@ -208,22 +226,6 @@ def test_fuzzy_without_noise_thinks_the_greedy_tokens_and_is_fed_their_embedding
 # --- where the CoT and the answer end --------------------------------------------------------------------------------
 
 
-def certain(token: int) -> Tensor:
-    """float32 logits [1, V] of a model that says nothing else."""
-    logits = torch.full((1, VOCABULARY), -60.0)
-    logits[0, token] = 60.0
-    return logits
-
-
-def say(decoder: SoftDecoder, slot: int, tokens: list[int]) -> list[int]:
-    """Have the model say tokens of the CoT or the answer, with what is forced in between; returns the emitted ids."""
-    emitted, left = [], list(tokens)
-    while left or decoder.phase[slot] == PREFILL:
-        token = 0 if decoder.phase[slot] == PREFILL else left.pop(0)
-        emitted += decoder.advance(torch.tensor([slot]), certain(token), torch.zeros(1, WIDTH)).tolist()
-    return emitted
-
-
 SHORT, LONG = PREFILLS
 STOP = EOS_IDS[0]
 
@@ -288,10 +290,13 @@ def test_where_an_answer_ends(limit: int, answer: list[str], code: int) -> None:
 def test_a_finished_request_stays_finished_and_its_record_as_it_was() -> None:
     decoder = Toy(torch.float32).decoder(slots=2, stop_id=STOP)
     slot = decoder.admit(a_request(max_cot_tokens=1))
-    say(decoder, slot, ids("a", "1", "}"))
+    emitted = say(decoder, slot, ids("a", "1", "}"))
     record = decoder.record(slot)
     assert say(decoder, slot, [3, 4]) == [STOP, STOP] and int(decoder.phase[slot]) == DONE
-    assert decoder.advance(torch.tensor([slot]), certain(3) * torch.nan, torch.zeros(1, WIDTH)).tolist() == [STOP]
+    assert advance(decoder, torch.tensor([slot]), certain(3) * torch.nan, torch.zeros(1, WIDTH)) == [STOP]
+    for index, token in enumerate([*emitted, *[STOP] * LONGEST]):  # what it said is said again, and nothing more, however far
+        again = decoder.advance(torch.tensor([slot]), torch.tensor([index]), certain(5), torch.zeros(1, WIDTH))
+        assert again.tolist() == [token]
     assert_same_record(decoder.record(slot), record)
 
 
@@ -309,15 +314,15 @@ def test_bad_logits_end_thoughts_and_answers_but_not_what_is_forced(mode: Mode, 
 
     for said, shadow, answer in ((["a"], 1, 0), (["a", "b", "1"], 2, 1)):
         slot = slot_after(*said)
-        assert decoder.advance(torch.tensor([slot]), logits, torch.zeros(1, WIDTH)).tolist() == [STOP]
+        assert advance(decoder, torch.tensor([slot]), logits, torch.zeros(1, WIDTH)) == [STOP]
         record = decoder.record(slot)
         assert (record.stop_code, len(record.shadow_ids), len(record.answer_ids)) == (BAD_LOGITS, shadow, answer)
         assert len(record.support.offsets) == shadow + 1
         decoder.release(slot)
     slot = decoder.admit(a_request(mode=mode, max_cot_tokens=1))
-    decoder.advance(torch.tensor([slot]), certain(0), torch.zeros(1, WIDTH))
-    forced = [decoder.advance(torch.tensor([slot]), logits, torch.zeros(1, WIDTH)).item() for _ in LONG]
-    assert forced == LONG and int(decoder.stop_code[slot]) == RUNNING
+    advance(decoder, torch.tensor([slot]), certain(0), torch.zeros(1, WIDTH))
+    forced = [advance(decoder, torch.tensor([slot]), logits, torch.zeros(1, WIDTH)) for _ in LONG]
+    assert forced == [[token] for token in LONG] and int(decoder.stop_code[slot]) == RUNNING
 
 
 @DTYPES
@@ -329,16 +334,32 @@ def test_a_true_token_equal_to_the_stop_id_is_disguised_and_fed_as_itself(dtype:
     hidden = torch.zeros(1, WIDTH, dtype=dtype)
     hard, soft = (decoder.admit(a_request(mode=mode, max_cot_tokens=2)) for mode in (Mode.hard, Mode.soft))
     both = torch.tensor([soft, hard])
-    emitted = decoder.advance(both, certain(stop_id).expand(2, -1), hidden.expand(2, -1)).tolist()
+    emitted = advance(decoder, both, certain(stop_id).expand(2, -1), hidden.expand(2, -1))
     assert stop_id not in emitted and decoder.overlaid[both].all()
     assert decoder.shadow_ids[both, 0].tolist() == [stop_id, stop_id]
     assert torch.equal(decoder.next_input[hard], toy.embedding[stop_id])
     assert not torch.equal(decoder.next_input[soft], toy.embedding[stop_id])
     steps, rows = decoder.replay(hard, 0, 1)
     assert steps.tolist() == [0] and torch.equal(rows[0], toy.embedding[stop_id])
-    decoder.advance(both, certain(33).expand(2, -1), hidden.expand(2, -1))
+    advance(decoder, both, certain(33).expand(2, -1), hidden.expand(2, -1))
     assert decoder.overlaid[both].tolist() == [True, False]  # a soft thought always, a hard one no longer
     assert decoder.replay(hard, 0, 2)[0].tolist() == [0]
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_a_discarded_output_is_emitted_again_while_its_neighbour_advances(mode: Mode) -> None:
+    toy = Toy(torch.float32)
+    decoder = toy.decoder(slots=2, stop_id=STOP)
+    ahead, behind = (decoder.admit(a_request(mode=mode, max_cot_tokens=4)) for _ in range(2))
+    emitted = say(decoder, ahead, ids("a", "b", "x"))
+    record, fed = decoder.record(ahead), next_fed(toy, decoder, ahead, emitted[-1])
+    logits = torch.cat([certain(30), certain(31)])  # those of the row ahead are computed anew, and need not be what they were
+    for known in range(3):
+        both = decoder.advance(torch.tensor([ahead, behind]), torch.tensor([known, known]), logits, torch.zeros(2, WIDTH))
+        assert both.tolist() == [emitted[known], 31]
+    assert_same_record(decoder.record(ahead), record)
+    assert torch.equal(next_fed(toy, decoder, ahead, emitted[-1]), fed)
+    assert decoder.record(behind).shadow_ids.tolist() == [31] * 3
 
 
 # --- slots -----------------------------------------------------------------------------------------------------------

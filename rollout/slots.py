@@ -1,0 +1,128 @@
+"""What both adapters keep of vLLM's requests, and what they do with the rows of a step.
+
+    admit --> overlay, advance, overlay, advance, ... --> remove
+                                                 take, before or after remove
+
+A request has its slot and its record from its first step until vLLM says that it is finished, however often it is preempted. What
+is asked in every step is kept on the host, in arrays indexed by slot, so that a step waits for no answer from the device.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rollout.plugin import EXTRA_ARG
+from rollout.record import SlotRecord
+from rollout.soft_decoding import DONE, SoftDecoder
+from rollout.wire import slot_request
+
+NO_SLOT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The requests of one step in the runner's order; arrays of length R on the host."""
+
+    slot: NDArray[np.int64]  # NO_SLOT for a request that is not softrl's
+    computed: NDArray[np.int64]  # tokens of the request before those of this step
+    scheduled: NDArray[np.int64]  # its tokens of this step
+    begin: NDArray[np.int64]  # where these begin in inputs_embeds
+    sampled: NDArray[np.bool_]  # false for a part of a prefill, whose logits nobody uses
+
+
+class SoftRequests:
+    """The softrl requests of one worker and their decoder."""
+
+    def __init__(self, decoder: SoftDecoder) -> None:
+        self.decoder = decoder
+        self.slots: dict[str, int] = {}  # vLLM request id -> slot
+        self.record_ids: dict[str, str] = {}  # vLLM request id -> our record id, until the record is taken
+        self.finished: dict[str, SlotRecord] = {}  # record id -> record, of requests that left before they were taken
+        self.prompt_length = np.zeros(len(decoder.phase), dtype=np.int64)  # by slot
+        self.decoded = np.zeros(len(decoder.phase), dtype=np.int64)  # by slot: positions decoded, as decoder.emitted_length
+
+    # ------------------------------------------------------------------ life of a request
+
+    def admit(self, req_id: str, sampling_params: Any, prompt_length: int) -> int:
+        """The slot of a request: its own when it comes back, else a new one; NO_SLOT without softrl's options."""
+        if req_id in self.slots:
+            return self.slots[req_id]
+        options = (sampling_params.extra_args or {}).get(EXTRA_ARG) if sampling_params else None
+        if options is None:
+            return NO_SLOT
+        slot = self.decoder.admit(slot_request(options, prompt_length))
+        self.slots[req_id], self.record_ids[req_id] = slot, options["record_id"]
+        self.prompt_length[slot], self.decoded[slot] = prompt_length, 0
+        return slot
+
+    def remove(self, req_id: str) -> None:
+        """A request left the engine: keep its record if it is finished, forget it if it was aborted."""
+        slot = self.slots.pop(req_id, None)
+        if slot is None:
+            return
+        record_id = self.record_ids.pop(req_id, None)
+        if record_id is not None and int(self.decoder.phase[slot]) == DONE:
+            self.finished[record_id] = self.decoder.record(slot)
+        self.decoder.release(slot)
+
+    def take(self, record_ids: list[str]) -> dict[str, SlotRecord]:
+        """The records of finished requests, each handed out once; ids that are not finished are left out."""
+        taken = {r: self.finished.pop(r) for r in record_ids if r in self.finished}
+        wanted = set(record_ids) - taken.keys()
+        for req_id, record_id in list(self.record_ids.items()):
+            slot = self.slots[req_id]
+            if record_id in wanted and int(self.decoder.phase[slot]) == DONE:
+                taken[record_id] = self.decoder.record(slot)
+                del self.record_ids[req_id]
+        return taken
+
+    # ------------------------------------------------------------------ one step
+
+    def overlay(self, rows: StepRows, inputs_embeds: Tensor) -> None:
+        """Write the soft inputs over the embeddings [T, n0] of the ids that stand in for them.
+
+        A row that decodes its newest position takes the embedding of the last step. Any other (a part of a prefill after
+        preemption) is replayed from the record, whatever part of the CoT it covers.
+        """
+        soft = np.flatnonzero(rows.slot != NO_SLOT)
+        slot, scheduled, begin = rows.slot[soft], rows.scheduled[soft], rows.begin[soft]
+        first = rows.computed[soft] - self.prompt_length[slot]  # in CoT steps; negative inside the prompt
+        newest = (scheduled == 1) & (first >= np.maximum(self.decoded[slot] - 1, 0))
+        if newest.any():
+            slots, at = self._to_device(slot[newest]), self._to_device(begin[newest])
+            overlaid = self.decoder.overlaid[slots][:, None]
+            inputs_embeds[at] = torch.where(overlaid, self.decoder.next_input[slots], inputs_embeds[at])
+        for row in np.flatnonzero(~newest & (first + scheduled > 0)):
+            one, cot_length = int(slot[row]), int(self.decoder.cot_length[slot[row]])
+            start, end = max(0, int(first[row])), min(int(first[row] + scheduled[row]), cot_length)
+            if start < end:
+                steps, embeddings = self.decoder.replay(one, start, end)
+                inputs_embeds[self._to_device(begin[row] - first[row] + steps)] = embeddings
+
+    def advance(self, rows: StepRows, logits: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode one position of each softrl row that is sampled: their indices and the ids for the scheduler, int64 [S] each.
+
+        logits [R, V' or V] and hidden [R, d] of all rows. See SoftDecoder.advance.
+        """
+        chosen = np.flatnonzero((rows.slot != NO_SLOT) & rows.sampled)
+        slot = rows.slot[chosen]
+        output_index = rows.computed[chosen] + rows.scheduled[chosen] - self.prompt_length[slot]
+        self.decoded[slot] = np.maximum(self.decoded[slot], output_index + 1)
+        index = self._to_device(chosen)
+        if not len(chosen):
+            return index, index
+        if len(chosen) < len(logits):
+            logits, hidden = logits[index], hidden[index]
+        return index, self.decoder.advance(self._to_device(slot), self._to_device(output_index), logits, hidden)
+
+    def _to_device(self, numbers: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(numbers).to(self.decoder.device, non_blocking=True)
+
+
+def mix_in(target: Any, mixin: type) -> None:
+    """Give a live object the methods of `mixin`, whose `super()` calls are then those of the object's own class."""
+    target.__class__ = type(f"Soft{type(target).__name__}", (mixin, type(target)), {})
