@@ -64,6 +64,33 @@ def rollout(
     offline.write(load_config(config, overrides or []), out)
 
 
+@app.command("eval")
+def evaluate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="RUN/checkpoints/step_N, or an exported model; unset: model.path")] = None,
+    settings: Annotated[
+        str | None, typer.Option(help="all, or names such as hard_greedy,soft_sample; unset: eval.settings")
+    ] = None,
+    datasets: Annotated[
+        str | None, typer.Option(help="tasks, and ood or hellaswag, mmlu, arc_easy, arc_challenge (=FILE); unset: task.test")
+    ] = None,
+    problems: Annotated[int | None, typer.Option(min=1, help="of each data set, the first ones; unset: all")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for the results; unset: the checkpoint's run, or run.dir/run.name")
+    ] = None,
+) -> None:
+    """Evaluate: pass@k under the six inference settings, and multiple choice. The same command goes on after Ctrl-C."""
+    from cluster.evaluate import run_evaluation
+    from configs.load import load_config
+    from configs.schema import EVAL_SETTINGS
+
+    names = ", ".join(EVAL_SETTINGS) if settings == "all" else settings
+    chosen = [] if names is None else [f"eval.settings=[{names}]"]
+    resolved = load_config(config, [*(overrides or []), *chosen])
+    run_evaluation(resolved, checkpoint, None if datasets is None else datasets.split(","), problems, out)
+
+
 @app.command()
 def export(checkpoint: Path, out: Path) -> None:
     """Turn a checkpoint of a run into an ordinary Hugging Face model folder."""
@@ -75,6 +102,43 @@ def export(checkpoint: Path, out: Path) -> None:
         raise InputError(f"{checkpoint}: no run around it (expected {run_config}); give a folder runs/NAME/checkpoints/step_N")
     export_checkpoint(checkpoint, out, load_config(run_config))
     print(f"wrote {out}: load it with transformers or vLLM like any other model")
+
+
+@app.command()
+def report(
+    runs: Annotated[Path, typer.Argument(help="a folder of run folders, e.g. runs")],
+    out: Annotated[Path | None, typer.Option(help="folder for the report; unset: RUNS/report")] = None,
+) -> None:
+    """Tables and figures of a folder of runs, the paper's numbers beside ours."""
+    from cluster.report import report as write_report
+
+    write_report(runs, out)
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="a run's folder, e.g. runs/first")],
+    problem: Annotated[int, typer.Option(min=0, help="its place in the data set, from 0; an evaluation keeps the first few")] = 0,
+    setting: Annotated[str | None, typer.Option(help="such as soft_sample; unset: all that were evaluated")] = None,
+    evaluation: Annotated[str | None, typer.Option(help="such as test_000040_gsm8k_test; unset: of the newest weights")] = None,
+    html: Annotated[Path | None, typer.Option(help="write one HTML page instead")] = None,
+) -> None:
+    """What the model thought on a problem, with the mixture behind each soft token."""
+    from cluster.show import show as show_transcripts
+
+    show_transcripts(run, problem, setting, evaluation, html)
+
+
+@app.command()
+def matrix(
+    path: Annotated[Path, typer.Argument(metavar="MATRIX", help="recipes and axes, e.g. configs/matrix/small.yaml")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check and list the runs, start nothing")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with runs that were begun and not finished")] = False,
+) -> None:
+    """Train and evaluate every combination of a few settings, one after another, and report them."""
+    from cluster.matrix import matrix as run_matrix
+
+    run_matrix(path, dry_run, resume)
 
 
 @app.command()
@@ -99,6 +163,19 @@ def bench_rollout(
 
     figures = run_bench(load_config(config, overrides or []), sequences=sequences)
     print_bench(figures)
+    if json is not None:
+        write_bench(json, figures)
+
+
+@bench.command("kernels")
+def bench_kernels(json: Annotated[Path | None, typer.Option(help="write the figures here")] = None) -> None:
+    """Time and peak memory of the learner's log-probabilities, and the time of the mixture; minutes on two cores."""
+    from cluster.bench_kernels import bench_kernels as run_bench
+    from cluster.bench_kernels import print_kernels
+    from cluster.bench_rollout import write_bench
+
+    figures = run_bench()
+    print_kernels(figures)
     if json is not None:
         write_bench(json, figures)
 

@@ -23,9 +23,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cluster.evaluation import evaluate, forget_after
+from cluster.evaluation_records import FOLDER as EVALUATIONS
+from cluster.evaluation_records import SettingSummary, dataset_name
 from cluster.learners import Learners
 from cluster.live import LiveView
 from cluster.placement import Cluster, placed, ray_session
+from cluster.progress import Progress
 from cluster.rollouts import Rollouts, require_prompts_fit
 from cluster.run_dir import RunDir
 from cluster.step_metrics import StepMetrics
@@ -34,7 +38,6 @@ from configs.errors import InputError, RunError
 from configs.load import config_hash
 from configs.schema import Config
 from learner import checkpoint
-from rollout.evaluation import Accuracy, accuracy, evaluation_requests
 from rollout.models import load_tokenizer, resolve_model
 from rollout.reward import Scorer
 from rollout.tasks import Problem, batch_indices, load_task
@@ -65,7 +68,9 @@ def prepare(config: Config) -> tuple[str, list[Problem], list[Problem], list[Pro
     problems = load_task(config.task.train)
     validation, test = (load_task(task)[: config.eval.problems] for task in (config.task.validation, config.task.test))
     batch_indices(len(problems), 0, config.rollout.prompts_per_step, config.run.seed)  # enough problems for a step?
-    require_prompts_fit(config, load_tokenizer(model_dir), problems + validation + test)
+    tokenizer = load_tokenizer(model_dir)
+    require_prompts_fit(config, tokenizer, problems, config.policy.max_cot_tokens)
+    require_prompts_fit(config, tokenizer, validation + test, config.eval_cot_tokens)
     return model_dir, problems, validation, test
 
 
@@ -97,7 +102,7 @@ class Training:
         await self._start()
         steps = self.config.run.steps
         if self.run.step == 0:
-            await self._evaluate("test", 0, self.test)
+            await self._test(0)
             await self._validate(0)
         for step in range(self.run.step, steps):
             metrics = await self._step(step)
@@ -140,22 +145,25 @@ class Training:
 
     async def _validate(self, step: int) -> dict[str, float]:
         """Accuracy on the validation problems; the best weights so far are kept as a checkpoint of their own."""
-        found = await self._evaluate("validation", step, self.validation)
+        found = await self._evaluate("validation", step, self.config.task.validation, self.validation)
         if step > 0 and (self.best is None or found[0].share >= self.best[1]):
             self.best = (step, found[0].share)
             await self._save(self.run.checkpoints / BEST, step)
-        return {f"eval/{a.setting}": a.share for a in found}
+        return {f"eval/{summary.setting}": summary.share for summary in found}
 
-    async def _evaluate(self, what: str, step: int, problems: list[Problem]) -> list[Accuracy]:
-        """Accuracy on problems under every `eval.settings`, with the weights that the engines hold; written to eval/."""
-        gold = {problem.index: problem.answer for problem in problems}
-        found = []
-        for setting in self.config.eval.settings:
-            requests = evaluation_requests(self.config, setting, problems, self.rollouts.prompt_ids, self.rollouts.sigma)
-            found.append(await accuracy(setting, self._each(what, setting, self.rollouts.scored(requests, gold))))
-        self.run.write_json(f"eval/{what}_{step:06d}.json", [asdict(a) | {"share": a.share} for a in found])
-        self.view.note(f"{what} at step {step}: " + ", ".join(f"{a.setting} {a.share:.1%}" for a in found))
+    async def _test(self, step: int) -> list[SettingSummary]:
+        return await self._evaluate("test", step, self.config.task.test, self.test)
+
+    async def _evaluate(self, what: str, step: int, task: Any, problems: list[Problem]) -> list[SettingSummary]:
+        """All of `eval.settings` at once, with the weights that the engines hold; one summary of each, in that order."""
+        found = await evaluate(self.rollouts, self.run.folder, what, step, task, problems, self.run.waiting, self._progress)
+        timed_out = sum(summary.timed_out for summary in found)
+        shares = ", ".join(f"{summary.setting} {summary.share:.1%}" for summary in found)
+        self.view.note(f"{what} at step {step}: {shares}" + (f"; {timed_out} checks timed out" if timed_out else ""))
         return found
+
+    def _progress(self, what: str, total: int) -> Progress:
+        return Progress(what, total, self.view.note)
 
     async def _save(self, folder: Path, step: int) -> None:
         extra = {"step": step, "sigma": self.rollouts.sigma, "best": self.best, "config_hash": config_hash(self.config)}
@@ -178,6 +186,8 @@ class Training:
         self.run.event("started", engines=engines, learners=learners)
         fixed = [self.rollouts.prompt_ids(problem) for problem in self.problems[:VERIFY_SEQUENCES]]
         await self.learners.call("connect", self.engines, fixed)
+        if removed := forget_after(self.run.folder, self.run.step):
+            self.run.event("evaluations_removed", names=removed)
         if self.run.resume_from is not None:
             stored = await self.learners.call("load", str(self.run.resume_from))
             self.rollouts.sigma = float(stored[0]["sigma"])
@@ -191,12 +201,12 @@ class Training:
         stored = await self.learners.call("load", str(folder))
         step = int(stored[0]["step"])
         await self._push(step)
-        tested = await self._evaluate("test", step, self.test)
-        base = json.loads((self.run.folder / "eval" / "test_000000.json").read_text())
-        shares = [[f"{row['share']:.1%} ({row['correct']}/{row['samples']})" for row in base]]
-        shares.append([f"{a.share:.1%} ({a.correct}/{a.samples})" for a in tested])
-        rows = [[label, *row] for label, row in zip(("base model", f"best validation, step {step}"), shares, strict=True)]
-        self.view.table(f"{self.config.run.name}: held-out test problems", ["weights", *self.config.eval.settings], rows)
+        tested = await self._test(step)
+        base = json.loads((self.run.folder / EVALUATIONS / "test_000000.json").read_text())
+        of_base = {row["setting"]: row for row in base if row["dataset"] == dataset_name(self.config.task.test)}
+        rows = [[summary.setting, *map(_right, (of_base.get(summary.setting), summary.row()))] for summary in tested]
+        columns = ["setting", "base model", f"best validation, step {step}"]
+        self.view.table(f"{self.config.run.name}: held-out test problems", columns, rows)
         self.view.note(
             f"metrics     {self.run.folder}/metrics.jsonl\ncheckpoint  {folder}\nnext        softrl export {folder} my-model"
         )
@@ -212,6 +222,11 @@ class Training:
 
     def _each(self, name: str, for_whom: str, items: AsyncIterator[Any]) -> AsyncIterator[Any]:
         return each(self.run.waiting, name, for_whom, self.config.engine.request_timeout_s, items)
+
+
+def _right(row: dict[str, Any] | None) -> str:
+    """Share and count of a summary's row; a setting that was not asked of the base model has none."""
+    return "-" if row is None else f"{row['share']:.1%} ({row['correct']}/{row['samples']})"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,7 +75,7 @@ class EvaluationRecord:
         return self.problem, self.setting, self.sample
 
 
-def record_of(dataset: str, setting: str, sample: Sample, timed_out: bool) -> EvaluationRecord:
+def record_of(dataset: str, setting: str, sample: Sample) -> EvaluationRecord:
     """What is kept of a scored sample."""
     trajectory = sample.trajectory
     mixture = mixture_profile(trajectory)
@@ -87,7 +87,7 @@ def record_of(dataset: str, setting: str, sample: Sample, timed_out: bool) -> Ev
         correct=sample.correct,
         reward=sample.reward,
         answer_text=sample.answer_text,
-        timed_out=timed_out,
+        timed_out=sample.timed_out,
         stop_reason=trajectory.stop_reason,
         phrase_found=trajectory.phrase_found,
         cot_length=trajectory.cot_length,
@@ -118,7 +118,6 @@ class EvaluationRecords:
         Raises InputError when the records there are of another plan, or another process writes them; RunError when the folder
         cannot be written.
         """
-        self.plan = plan
         stem = re.sub(r"[^A-Za-z0-9.-]+", "_", plan.dataset)
         self.path, plan_path = folder / f"{stem}.jsonl", folder / f"{stem}.json"
         try:
@@ -126,15 +125,18 @@ class EvaluationRecords:
         except OSError as error:
             raise cannot_write(folder, error) from error
         if plan_path.exists():
-            _require_same(plan_path, read_plan(plan_path), plan)
+            before = read_plan(plan_path)
+            _require_same(plan_path, before, plan)
+            plan = _grown(before, plan)
+        self.plan = plan
         self._file = JsonLines(self.path)
         self._file.lock()
         replace_file(plan_path, lambda partial: partial.write_text(json.dumps(asdict(plan), indent=1) + "\n"))
         self.done: set[Key] = {record.key for record in read_records(self.path)}
 
-    def add(self, setting: str, sample: Sample, timed_out: bool) -> EvaluationRecord:
+    def add(self, setting: str, sample: Sample) -> EvaluationRecord:
         """Append one finished sample. Raises RunError when it cannot be written, ValueError when it is there already."""
-        record = record_of(self.plan.dataset, setting, sample, timed_out)
+        record = record_of(self.plan.dataset, setting, sample)
         if record.key in self.done:
             raise ValueError(f"{self.path}: sample {record.key} is recorded already; draw only what is not in `done`")
         self._file.append(asdict(record))
@@ -150,6 +152,12 @@ class EvaluationRecords:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def _grown(before: EvaluationPlan, plan: EvaluationPlan) -> EvaluationPlan:
+    """All that was ever planned: asking for less makes nothing complete."""
+    samples = {setting: max(count, before.samples.get(setting, 0)) for setting, count in plan.samples.items()}
+    return replace(plan, problems=max(plan.problems, before.problems), samples={**before.samples, **samples})
 
 
 def _require_same(path: Path, before: EvaluationPlan, plan: EvaluationPlan) -> None:

@@ -19,7 +19,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from configs.errors import InputError, RunError
 from configs.schema import Config
 from learner.worker import LearnerRank
-from rollout.engine import RolloutEngine, engine_environment
+from rollout.engine import RolloutEngine
+from rollout.engine_args import engine_environment
 
 PLACEMENT_TIMEOUT_S = 600.0
 

@@ -60,7 +60,15 @@ class Rollouts:
         async def score(trajectory: Trajectory, put: Callable[[Sample], None]) -> None:
             text = answer_text(self.tokenizer, trajectory)
             verdict = await self.scorer.score(gold[trajectory.prompt_index], text, trajectory.stop_reason == STOP_ANSWER_CLOSED)
-            put(Sample(trajectory=trajectory, reward=verdict.reward, correct=verdict.correct, answer_text=text))
+            put(
+                Sample(
+                    trajectory=trajectory,
+                    reward=verdict.reward,
+                    correct=verdict.correct,
+                    answer_text=text,
+                    timed_out=verdict.timed_out,
+                )
+            )
 
         async def score_all(put: Callable[[Sample], None]) -> None:
             async with asyncio.TaskGroup() as tasks:
@@ -110,16 +118,17 @@ class Rollouts:
         )
 
     def prompt_ids(self, problem: Problem) -> NDArray[np.int32]:
+        """[P] ids of `task.prompt` with the question in it, and the special tokens that the tokenizer adds."""
         return np.array(self.tokenizer.encode(render(self.config.task.prompt, problem.question)), dtype=np.int32)
 
 
-def require_prompts_fit(config: Config, tokenizer: Any, problems: list[Problem]) -> None:
-    """Raises InputError naming the longest prompt when it does not leave room for the CoT and the answer."""
+def require_prompts_fit(config: Config, tokenizer: Any, problems: list[Problem], max_cot_tokens: int) -> None:
+    """Raises InputError naming the longest prompt when it does not leave room for so long a CoT and the answer."""
     texts = [render(config.task.prompt, problem.question) for problem in problems]
     lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     forced = max(len(tokenizer.encode(text, add_special_tokens=False)) for text in (PREFILL_AFTER_PHRASE, PREFILL_AT_LIMIT))
-    needed = lengths[longest] + config.policy.max_cot_tokens + forced + config.policy.max_answer_tokens
+    needed = lengths[longest] + max_cot_tokens + forced + config.policy.max_answer_tokens
     if needed > config.engine.max_model_len:
         raise InputError(
             f"task: the prompt of problem {problems[longest].index} has {lengths[longest]} tokens and needs {needed} with CoT "

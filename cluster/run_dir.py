@@ -108,10 +108,12 @@ class RunDir:
 
     @property
     def rollouts(self) -> Path:
+        """Folder for rollout files (rollout.files); not made here."""
         return self.folder / "rollouts"
 
     @property
     def checkpoints(self) -> Path:
+        """Folder of the checkpoints (learner.checkpoint), absent until the first is written."""
         return self.folder / CHECKPOINTS
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -195,6 +197,7 @@ class JsonLines:
             raise cannot_write(self.path, error) from error
 
     def close(self) -> None:
+        """End the writing, and give up the lock if it was taken."""
         self._file.close()
 
 

@@ -42,6 +42,7 @@ class StepMetrics:
         return {
             "reward/mean": float(np.mean([s.reward for s in samples])),
             "reward/correct": float(np.mean([s.correct for s in samples])),
+            "reward/timed_out": float(sum(s.timed_out for s in samples)),
             "rollout/tokens": float(generated),
             "rollout/tokens_per_s": generated / max(self._rollout_s, 1e-9),
             "rollout/cot_length_mean": float(np.mean([t.cot_length for t in trajectories])),

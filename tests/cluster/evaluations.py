@@ -86,5 +86,5 @@ def write_run(
                 for problem, outcomes in enumerate(problems):
                     for sample, right in enumerate(outcomes):
                         answer = RIGHT if right else WRONG
-                        records.add(setting, scored(problem, sample, answer, setting=setting, steps=steps), timed_out=False)
+                        records.add(setting, scored(problem, sample, answer, setting=setting, steps=steps))
     return folder

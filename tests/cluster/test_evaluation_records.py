@@ -24,15 +24,15 @@ def fill(records: EvaluationRecords) -> None:
                 done = scored(problem, sample, text, setting=setting, steps=STEPS[: 1 + sample])
                 if text == "7.0":
                     done = replace(done, correct=True, reward=100.0)
-                records.add(setting, done, timed_out=text == "9")
+                records.add(setting, replace(done, timed_out=text == "9"))
 
 
 def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
-    sample = scored(1, 2, "½ \u2028\\text{x} \ud83d", setting="soft_sample", steps=STEPS)
+    sample = replace(scored(1, 2, "½ \u2028\\text{x} \ud83d", setting="soft_sample", steps=STEPS), timed_out=True)
     with EvaluationRecords(tmp_path / "test_000004", PLAN) as records:
-        record = records.add("soft_sample", sample, timed_out=True)
+        record = records.add("soft_sample", sample)
         assert list(read_records(records.path)) == [record]
-    assert record == record_of(PLAN.dataset, "soft_sample", sample, timed_out=True)
+    assert record == record_of(PLAN.dataset, "soft_sample", sample)
     assert (record.key, record.answer_text, record.timed_out) == ((1, "soft_sample", 2), sample.answer_text, True)
     assert record.entropy == [0.6931, 1.3863, 0.0] and record.support_size == [2, 4, 1] and record.dropped_mass == [1.23e-5] * 3
     assert (record.cot_length, record.answer_length, record.stop_reason) == (3, 2, "closed")
@@ -42,7 +42,7 @@ def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
 def test_each_line_is_there_before_the_next_sample_finishes(tmp_path: Path) -> None:
     with EvaluationRecords(tmp_path, PLAN) as records:
         for sample in range(3):
-            records.add("soft_sample", scored(0, sample, RIGHT, setting="soft_sample"), timed_out=False)
+            records.add("soft_sample", scored(0, sample, RIGHT, setting="soft_sample"))
             assert len(records.path.read_text().splitlines()) == sample + 1
 
 
@@ -67,7 +67,7 @@ def test_a_sample_counts_once(tmp_path: Path) -> None:
     with EvaluationRecords(tmp_path, PLAN) as records:
         fill(records)
         with pytest.raises(ValueError, match="recorded already"):
-            records.add("hard_greedy", scored(0, 0, WRONG), timed_out=False)
+            records.add("hard_greedy", scored(0, 0, WRONG))
         row = records.summaries()[0].row()
         records.path.write_text(records.path.read_text() * 2)
         assert records.summaries()[0].row() == row
