@@ -10,7 +10,8 @@
 
 Such a push brings the weights that are there already, so nothing may change: the learner finds every policy within the bounds of
 the calm run. Trajectories are equal bit for bit where no batch differs (kept and siblings). Elsewhere the batch decides how float32
-sums are grouped; soft inputs carry a difference of 1e-6 on from step to step, where it grows sixfold, and some come out otherwise.
+sums are grouped: a sampled token rarely falls the other way, but a soft input carries a difference of 1e-6 on to the next step,
+where it is six times as large, so that only the first steps of soft trajectories can be compared.
 """
 
 import os
@@ -247,6 +248,10 @@ def same(a: Trajectory, b: Trajectory) -> bool:
     return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("shadow_ids", "prefill_ids", "answer_ids"))
 
 
+def starts_alike(a: Trajectory, b: Trajectory) -> bool:
+    return np.array_equal(a.shadow_ids[:8], b.shadow_ids[:8])
+
+
 def equal_to_the_bit(a: Trajectory, b: Trajectory) -> bool:
     spans = ("weight_versions", "weight_version_starts")
     return all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name not in spans)
@@ -269,9 +274,8 @@ def test_a_loaded_engine_draws_what_a_calm_one_draws(
         width = len(rig.checkpoint_tensors()["model.norm.weight"])
         steps = sum(t.cot_length for t in found.values())
         assert metrics["learner/residual_mean"] == pytest.approx(1.0, abs=5 * (2 / (width * steps)) ** 0.5)
-    equal = sum(same(t, calm[place]) for place, t in found.items())
-    print(condition, mode, len(found), equal, metrics["learner/answer_logprob_gap_mean"], metrics.get("learner/mismatch_s_p99"))
-    assert equal >= 0.6 * len(found)
+    equal = sum(starts_alike(t, calm[place]) if mode is Mode.soft else same(t, calm[place]) for place, t in found.items())
+    assert equal >= 0.75 * len(found)
 
 
 def test_standing_still_for_a_push_changes_no_bit(drawn: Callable[[str], Drawn]) -> None:
@@ -291,7 +295,6 @@ def test_keys_and_values_after_a_push_are_those_of_the_weights_that_push_in_flig
         in_cot = [t for t in through if t.weight_version_starts[1] < t.cot_length]
         gaps.append(learned(rig, in_cot)["learner/answer_logprob_gap_mean"])
     kept, recomputed = gaps
-    print(gaps)
     assert kept > 0.01
     assert recomputed < 1e-4
 
@@ -357,7 +360,6 @@ def test_everyone_hears_of_a_dead_engine_process(rig: Rig, busy: Busy) -> None:
                 ray.get(ref, timeout=DEATH_S)
         assert isinstance(caught.value.cause, RunError) and "\n" not in str(caught.value.cause)
         assert caught.match(told)
-        print(caught.value.cause)
     with pytest.raises(RunError, match=f"push: start_weight_update failed on an engine: {told}"):
         EngineClient([engine], 1, DEATH_S).start_weight_update()
     assert time.monotonic() - died < DEATH_S

@@ -11,6 +11,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.utils.hashing import sha256
 from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
 from rollout.plugin import EXTRA_ARG, SHM_BACKEND, private_thoughts, register
@@ -28,6 +29,7 @@ def as_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(module, NAME, original)
     registry = {name: engine for name, engine in WeightTransferEngineFactory._registry.items() if name != SHM_BACKEND}
     monkeypatch.setattr(WeightTransferEngineFactory, "_registry", registry)
+    monkeypatch.setattr(KVCacheConfig, "needs_kv_cache_zeroing", False)
     init_none_hash(sha256)
     yield
 
@@ -77,6 +79,14 @@ def test_the_key_is_added_to_vllms_own_and_only_past_the_prompt() -> None:
     assert keys(salted, 0, 9, 0) == ((("cache_salt", "salt"), (EXTRA_ARG, "a")), 0)
 
 
+def test_blocks_are_zeroed_before_they_are_used_again() -> None:
+    """What is done with it is vLLM's, and shown with NaN in a real engine by tests/end_to_end/test_load.py."""
+    config = KVCacheConfig(num_blocks=1, kv_cache_tensors=[], kv_cache_groups=[])
+    assert not config.needs_kv_cache_zeroing
+    register()
+    assert config.needs_kv_cache_zeroing
+
+
 def test_registering_again_changes_nothing() -> None:
     register()
     patched = kv_cache_utils.generate_block_hash_extra_keys
@@ -96,6 +106,7 @@ def test_an_untested_vllm_is_refused_and_left_alone(version: str, monkeypatch: p
     assert str(refused.value) == f"vllm {version}: softrl is tested with 0.32.0; install one of those"
     assert SHM_BACKEND not in WeightTransferEngineFactory._registry
     assert not hasattr(kv_cache_utils.generate_block_hash_extra_keys, "__wrapped__")
+    assert KVCacheConfig.needs_kv_cache_zeroing is False
 
 
 def test_a_local_build_of_a_tested_vllm_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
