@@ -1,12 +1,13 @@
 # make demo        train a small model with soft tokens on this machine      make demo mode=hard   the same with hard tokens
 # make test        every test, the fast ones first                           make check            lint, format and types
+# make study       the longest tests: a matrix of runs, evaluated, interrupted, reported
 # make setup       only the environment; the others do it by themselves, once, and again when pyproject.toml changes
 
 PYTHON ?= python3
 mode ?= soft
 ready := .venv/.ready
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test study check clean
 
 setup: $(ready)
 
@@ -19,6 +20,9 @@ demo: $(ready)
 
 test: $(ready)
 	.venv/bin/python -m pytest -q
+
+study: $(ready)
+	.venv/bin/python -m pytest -q -m study
 
 check: $(ready)
 	.venv/bin/ruff check .

@@ -107,11 +107,6 @@ class RunDir:
         self._events.close()
 
     @property
-    def rollouts(self) -> Path:
-        """Folder for rollout files (rollout.files); not made here."""
-        return self.folder / "rollouts"
-
-    @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints (learner.checkpoint), absent until the first is written."""
         return self.folder / CHECKPOINTS

@@ -34,7 +34,9 @@ async def wait(waiting: Waiting, name: str, for_whom: str, deadline_s: float, aw
 
 async def wait_all(waiting: Waiting, name: str, for_whom: str, deadline_s: float, awaitables: list[Any]) -> list[Any]:
     """The results in order; the first error ends the wait."""
-    return list(await wait(waiting, name, for_whom, deadline_s, asyncio.gather(*awaitables)))
+    results = asyncio.gather(*awaitables)
+    results.add_done_callback(lambda done: done.cancelled() or done.exception())  # after Ctrl-C nobody asks for its error
+    return list(await wait(waiting, name, for_whom, deadline_s, results))
 
 
 async def each(waiting: Waiting, name: str, for_whom: str, deadline_s: float, items: AsyncIterator[Any]) -> AsyncIterator[Any]:

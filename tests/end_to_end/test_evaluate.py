@@ -14,7 +14,7 @@ from cluster.evaluation_records import read_plan, read_records
 from configs.schema import EVAL_SETTINGS
 from tests.end_to_end.test_train import DEADLINE_S, ROOT, SOFTRL, softrl
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.study, pytest.mark.timeout(1500)]
 
 QUESTIONS = [("What falls from clouds?", "rain", "bread"), ("What do cows eat?", "stones", "grass"), ("Is ice cold?", "yes", "no")]
 

@@ -191,6 +191,12 @@ def test_exported_checkpoint_is_served_by_vllm_without_our_plugin(exported: Path
     assert torch.tensor(json.loads(served.stdout.splitlines()[-1])) == pytest.approx(expected.numpy(), abs=1e-4)
 
 
+def test_runs_are_reported_and_their_thoughts_shown(folder: Path, exported: Path) -> None:
+    softrl(folder, readme("report"))
+    assert "first" in (folder / "runs" / "report" / "report.md").read_text()
+    assert "hard_greedy: problem 0 of test_000003_arithmetic_test" in softrl(folder, readme("show", "--problem")).stdout
+
+
 def test_rollouts_can_be_written_and_learned_from_alone(folder: Path, whole: Path) -> None:
     one_step = [*SMALL, "run.steps=1", "run.seed=1"]
     softrl(folder, readme("rollout", "--out"), *one_step)
@@ -228,4 +234,4 @@ def test_the_other_commands_of_the_readme(folder: Path) -> None:
     assert "vllm" in softrl(folder, readme("doctor")).stdout
     recipe, *overrides = readme("train", "policy.mode=fuzzy")[1:]
     assert load_config(folder / recipe, overrides).policy.tau == 1e-4  # its model and data are on the hub
-    assert len(README) == 9  # a command that is added is run above
+    assert len(README) == 11  # a command that is added is run above
