@@ -12,7 +12,7 @@ import yaml
 
 from cluster.evaluation_records import read_plan, read_records
 from configs.schema import EVAL_SETTINGS
-from tests.end_to_end.test_train import DEADLINE_S, ROOT, SOFTRL, softrl
+from tests.end_to_end.test_train import DEADLINE_S, ROOT, SOFTRL, hear_ctrl_c, softrl
 
 pytestmark = [pytest.mark.slow, pytest.mark.study, pytest.mark.timeout(1500)]
 
@@ -87,7 +87,9 @@ def test_an_interrupted_evaluation_goes_on(folder: Path, runs: Path) -> None:
     recorded = len(records.read_text().splitlines())
     checkpoint = ["--checkpoint", str(run / "checkpoints" / "best")]
     command = ["eval", str(run / "config.yaml"), *checkpoint, "--settings", "all", "--problems", "12", "eval.samples=6"]
-    process = subprocess.Popen([SOFTRL, *command], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [SOFTRL, *command], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c
+    )
     deadline = time.monotonic() + DEADLINE_S
     while len(records.read_text().splitlines()) < recorded + 10:
         assert process.poll() is None and time.monotonic() < deadline, "it ended, or hung, before it was to be interrupted"

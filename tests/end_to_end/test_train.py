@@ -73,6 +73,11 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in found if event["kind"] == kind]
 
 
+def hear_ctrl_c() -> None:
+    """In a new process: a shell that runs the tests in the background has made it deaf to SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stop_once_saved(run: Path, step: int, how: signal.Signals, command: list[str], *overrides: str) -> int:
     """Start a run, send it a signal once the checkpoint of `step` is there, and return its exit code. Nothing may outlive it."""
     process = subprocess.Popen(
@@ -81,6 +86,7 @@ def stop_once_saved(run: Path, step: int, how: signal.Signals, command: list[str
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=hear_ctrl_c,
     )
     deadline = time.monotonic() + DEADLINE_S
     while not ((run / "events.jsonl").exists() and step in [event["step"] for event in events(run, "checkpoint")]):
