@@ -19,7 +19,8 @@ demo: $(ready)
 	.venv/bin/softrl train configs/demo.yaml policy.mode=$(mode) run.name=demo_$(mode)_$(shell date +%m%d-%H%M%S)
 
 test: $(ready)
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not study"
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "slow and not study"
 
 study: $(ready)
 	.venv/bin/python -m pytest -q -m study
