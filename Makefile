@@ -6,6 +6,7 @@
 PYTHON ?= python3
 mode ?= soft
 ready := .venv/.ready
+side_by_side := .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test study check clean
 
@@ -19,8 +20,8 @@ demo: $(ready)
 	.venv/bin/softrl train configs/demo.yaml policy.mode=$(mode) run.name=demo_$(mode)_$(shell date +%m%d-%H%M%S)
 
 test: $(ready)
-	.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not study"
-	.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "slow and not study"
+	$(side_by_side) -m "not slow and not study"
+	$(side_by_side) -m "slow and not study"
 
 study: $(ready)
 	.venv/bin/python -m pytest -q -m study

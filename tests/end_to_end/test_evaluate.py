@@ -12,7 +12,7 @@ import yaml
 
 from cluster.evaluation_records import read_plan, read_records
 from configs.schema import EVAL_SETTINGS
-from tests.end_to_end.test_train import DEADLINE_S, ROOT, SOFTRL, hear_ctrl_c, softrl
+from tests.end_to_end.commands import DEADLINE_S, ROOT, SOFTRL, hear_ctrl_c, softrl
 
 pytestmark = [pytest.mark.slow, pytest.mark.study, pytest.mark.timeout(1500)]
 

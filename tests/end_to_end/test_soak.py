@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.soak import soak
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.study]
 
 
 def test_nothing_is_lost_doubled_or_left_behind(ray_cluster: None) -> None:

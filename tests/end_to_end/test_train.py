@@ -1,112 +1,29 @@
-"""The README's commands as its reader runs them: the real model, the real engine, Ray, killed and resumed."""
+"""A training run as README's reader starts it: the real model, the real engine, Ray, killed, resumed, exported and replayed."""
 
 import json
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.placement import QUIET, cores
-from configs.load import load_config
 from rollout.engine_args import engine_environment
 from rollout.models import resolve_model
+from tests.end_to_end.commands import DEADLINE_S, SMALL, events, reader_folder, readme, rows, softrl, stop_once_saved
 
-ROOT = Path(__file__).parents[2]
-SOFTRL = str(Path(sys.executable).with_name("softrl"))
-SMALL = [
-    "run.steps=3",
-    "rollout.prompts_per_step=3",
-    "rollout.samples_per_prompt=4",
-    "policy.max_cot_tokens=12",
-    "policy.max_answer_tokens=5",
-    "engine.max_num_seqs=12",
-    "engine.kv_cache_gib=0.25",
-    "checkpoint.every=2",
-    "checkpoint.keep=9",
-    "push.verify_every=2",
-    "eval.every=0",
-    "eval.problems=12",
-    "eval.settings=[hard_greedy]",
-]
-DEADLINE_S = 600
 REPLAYED = ("reward/mean", "reward/correct", "rollout/tokens", "learner/loss", "learner/grad_norm", "learner/residual_mean")
-
-# Every softrl command that README shows, up to the two spaces before its explanation.
-README = [
-    shlex.split(line)[1:]
-    for block in (ROOT / "README.md").read_text().split("```")[1::2]
-    for line in re.findall(r"^(softrl .*?)(?:  .*)?$", block, re.MULTILINE)
-]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def readme(*words: str) -> list[str]:
-    """The README's one command that has all the words and no other option."""
-    options = {word for word in words if word.startswith("--")}
-    [command] = [c for c in README if set(words) <= set(c) and {w for w in c if w.startswith("--")} == options]
-    return command
-
-
-def softrl(where: Path, command: list[str], *overrides: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([SOFTRL, *command, *overrides], cwd=where, capture_output=True, text=True, timeout=DEADLINE_S)
-    assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return [event for event in found if event["kind"] == kind]
-
-
-def hear_ctrl_c() -> None:
-    """In a new process: a shell that runs the tests in the background has made it deaf to SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def stop_once_saved(run: Path, step: int, how: signal.Signals, command: list[str], *overrides: str) -> int:
-    """Start a run, send it a signal once the checkpoint of `step` is there, and return its exit code. Nothing may outlive it."""
-    process = subprocess.Popen(
-        [SOFTRL, *command, *overrides],
-        cwd=run.parents[1],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        preexec_fn=hear_ctrl_c,
-    )
-    deadline = time.monotonic() + DEADLINE_S
-    while not ((run / "events.jsonl").exists() and step in [event["step"] for event in events(run, "checkpoint")]):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended, or hung, before it was to be stopped"
-        time.sleep(0.05)
-    others = psutil.Process(process.pid).children(recursive=True)
-    ours = [other for other in others if "Agent" not in other.name()]  # Ray's own agents take some minutes to notice
-    os.kill(process.pid, how)
-    code = process.wait(timeout=120)
-    _, left = psutil.wait_procs(ours, timeout=60)
-    assert not left
-    return code
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the commands are run: an empty folder but for the recipes."""
-    folder = tmp_path_factory.mktemp("reader")
-    (folder / "configs").symlink_to(ROOT / "configs")
-    return folder
+    return reader_folder(tmp_path_factory.mktemp("reader"))
 
 
 @pytest.fixture(scope="module")
@@ -211,33 +128,3 @@ def test_rollouts_can_be_written_and_learned_from_alone(folder: Path, whole: Pat
     assert replayed["reward/mean"] == first["reward/mean"]
     assert replayed["learner/loss"] == pytest.approx(first["learner/loss"], rel=1e-4)
     assert replayed["learner/grad_norm"] == pytest.approx(first["learner/grad_norm"], rel=1e-4)
-
-
-def test_learning_rate_zero_moves_nothing_and_ctrl_c_leaves_a_run(folder: Path, tiny_llama: Path) -> None:
-    """In bfloat16, where the residual still has to hold."""
-    run = folder / "runs" / "still"
-    still = ["run.name=still", f"model.path={tiny_llama}", "model.dtype=bfloat16", "learner.lr=0", "run.steps=90"]
-    command = readme("train", "run.name=first")
-    often = ["push.verify_every=1", "checkpoint.every=20"]
-    assert stop_once_saved(run, 20, signal.SIGINT, command, *SMALL, *still, *often) == 1
-    assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
-    assert events(run, "interrupted")
-    distances = [event["logprob_distance"] for event in events(run, "push_verified")]
-    assert len(distances) >= 21
-    assert max(distances) - min(distances) < 1e-6  # 20 pushes later the engine holds the weights it started with
-    residuals = [row["learner/residual_mean"] for row in rows(run)]
-    assert sum(residuals) / len(residuals) == pytest.approx(1.0, abs=0.02)
-
-
-def test_bench_writes_the_ratios(folder: Path, tiny_llama: Path) -> None:
-    softrl(folder, readme("bench", "--json"), "--sequences", "4", f"model.path={tiny_llama}")
-    figures = json.loads((folder / "rollout.json").read_text())
-    assert all(figures[key] > 0 for key in ("soft_over_hard", "soft_over_plain_loop", "soft_tokens_per_s", "hard_tokens_per_s"))
-
-
-def test_the_other_commands_of_the_readme(folder: Path) -> None:
-    assert "nothing was started" in softrl(folder, readme("train", "--dry-run")).stdout
-    assert "vllm" in softrl(folder, readme("doctor")).stdout
-    recipe, *overrides = readme("train", "policy.mode=fuzzy")[1:]
-    assert load_config(folder / recipe, overrides).policy.tau == 1e-4  # its model and data are on the hub
-    assert len(README) == 11  # a command that is added is run above
