@@ -31,16 +31,17 @@ from configs.schema import TAU_OF_MODE, Config, Mode
 from rollout.files import replace_file
 from rollout.models import load_tokenizer, resolve_model
 from rollout.prompt import PREFILL_AT_LIMIT, render
+from rollout.step_profile import ADVANCE, OVERLAY, STEP
 from rollout.tasks import load_task
 from rollout.trajectory import SampleRequest, Trajectory
 
 WARM_UP_TOKENS = 4
-PROFILE_LINES = 30
 PLAIN_LOOP_TIMEOUT_S = 3600.0
 
 
-def bench_rollout(config: Config, *, sequences: int = 64, rounds: int = 3) -> dict[str, Any]:
-    """Measure with the model, engine, prompts, lengths and policy of a recipe; `sequences` requests are decoded at once.
+def bench_rollout(config: Config, *, sequences: int = 64, rounds: int = 3, profile: bool = False) -> dict[str, Any]:
+    """Measure with the model, engine, prompts, lengths and policy of a recipe; `sequences` requests are decoded at once. With
+    `profile`, one more round of either mode is timed from inside the engine (rollout/step_profile.py).
 
     Raises RunError when the engine or the loop fails.
     """
@@ -56,6 +57,7 @@ def bench_rollout(config: Config, *, sequences: int = 64, rounds: int = 3) -> di
             report = ray.get(engine.start.remote(), timeout=config.engine.start_timeout_s)
             sigma = config.policy.gamma * float(report["rms_embedding"])
             speeds, decoded = _alternate(engine, config, prompts, sigma, rounds)
+            profiles = {"profile": _profile(engine, config, prompts, sigma)} if profile else {}
         prefill = tokenizer.encode(PREFILL_AT_LIMIT, add_special_tokens=False)
         # The loop decodes as many answer tokens as the engine's answers had on average; in truth it waits for the longest.
         answer = max(1, round(decoded["soft"] / sequences) - config.policy.max_cot_tokens - len(prefill))
@@ -82,6 +84,7 @@ def bench_rollout(config: Config, *, sequences: int = 64, rounds: int = 3) -> di
             "answer": answer,
         },
         "policy": {"mode": str(_soft_mode(config)), "tau": _tau(config, _soft_mode(config)), "sigma": sigma},
+        **profiles,
     }
 
 
@@ -109,6 +112,12 @@ def print_bench(figures: dict[str, Any], console: Console | None = None) -> None
         f"soft over plain loop {figures['soft_over_plain_loop']:.2f}",
         highlight=False,
     )
+    for mode, part in figures.get("profile", {}).items():
+        console.print(
+            f"softrl's share of a {mode} step {part['hook_share']:.1%}: {part['advance_ms']:.2f} ms from logits to the next input, "
+            f"{part['overlay_ms']:.2f} ms to lay it over, of {part['step_ms']:.1f} ms",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def write_bench(path: Path, figures: dict[str, Any]) -> None:
@@ -139,6 +148,18 @@ def _alternate(
             speeds[mode].append(decoded / seconds)
             lengths["hard" if mode is Mode.hard else "soft"] = decoded
     return speeds, lengths
+
+
+def _profile(engine: Any, config: Config, prompts: list[list[int]], sigma: float) -> dict[str, dict[str, float]]:
+    """By mode: milliseconds of a step and of softrl's two hooks in it, and the share of both."""
+    found = {}
+    for mode in (_soft_mode(config), Mode.hard):
+        ray.get(engine.profile.remote(True))
+        _batch(engine, _requests(config, mode, prompts, sigma, config.policy.max_cot_tokens, seed=0))
+        spent = ray.get(engine.profile.remote(False))
+        parts = {f"{part}_ms": 1000 * spent[part] / spent["steps"] for part in (STEP, OVERLAY, ADVANCE)}
+        found[str(mode)] = {**parts, "hook_share": (spent[OVERLAY] + spent[ADVANCE]) / spent[STEP], "steps": spent["steps"]}
+    return found
 
 
 def _batch(engine: Any, requests: list[SampleRequest]) -> list[Trajectory]:

@@ -155,13 +155,14 @@ def bench_rollout(
     overrides: Overrides = None,
     json: Annotated[Path | None, typer.Option(help="write the figures here")] = None,
     sequences: Annotated[int, typer.Option(min=1)] = 64,
+    profile: Annotated[bool, typer.Option("--profile", help="also softrl's share of an engine step")] = False,
 ) -> None:
     """Tokens per second: soft and hard in one engine, and a plain PyTorch loop."""
     from cluster.bench_rollout import bench_rollout as run_bench
     from cluster.bench_rollout import print_bench, write_bench
     from configs.load import load_config
 
-    figures = run_bench(load_config(config, overrides or []), sequences=sequences)
+    figures = run_bench(load_config(config, overrides or []), sequences=sequences, profile=profile)
     print_bench(figures)
     if json is not None:
         write_bench(json, figures)

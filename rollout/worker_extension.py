@@ -11,6 +11,7 @@ from configs.errors import InputError
 from kernels.soft_embedding import rms
 from rollout.adapters import attach, require_compatible
 from rollout.soft_decoding import SoftDecoder
+from rollout.step_profile import StepProfile
 from rollout.token_tables import build_token_tables
 from rollout.wire import AttachSpec, pack_records
 
@@ -19,6 +20,7 @@ class SoftWorkerExtension:
     """Methods that the engine actor calls on each worker. Nothing soft happens before `softrl_attach`."""
 
     model_runner: Any
+    softrl_step_profile: StepProfile
 
     def softrl_attach(self, spec_json: str) -> str:
         """Install the soft decoder in this worker's model runner; returns a JSON report of what is now running.
@@ -71,6 +73,13 @@ class SoftWorkerExtension:
             if decoder.overlaid[slot]:
                 newest = int(decoder.cot_length[slot]) - 1
                 decoder.next_input[slot] = decoder.replay(slot, newest, newest + 1)[1][0]
+
+    def softrl_profile(self, on: bool) -> str:
+        """Begin to time the steps of this worker, or end it: then JSON, see StepProfile.stop."""
+        if on:
+            self.softrl_step_profile = StepProfile(self.model_runner)
+            return "{}"
+        return json.dumps(self.softrl_step_profile.stop())
 
     def softrl_stats(self) -> str:
         """What is held now, as JSON: slots, which vLLM frees with its next batch, and records that nobody has taken."""
