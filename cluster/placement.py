@@ -20,7 +20,7 @@ from configs.errors import InputError, RunError
 from configs.schema import Config
 from learner.worker import LearnerRank
 from rollout.engine import RolloutEngine
-from rollout.engine_args import engine_environment
+from rollout.engine_args import engine_environment, require_splits
 
 PLACEMENT_TIMEOUT_S = 600.0
 
@@ -70,6 +70,8 @@ def placed(config: Config, model_dir: str, *, with_learner: bool = True, with_en
     engines = config.engine.count if with_engines else 0
     ranks = config.learner.ranks if with_learner else 0
     per_engine = config.engine.tensor_parallel
+    if engines:
+        require_splits(model_dir, per_engine)
     bundles = [{"CPU": 1.0} | ({"GPU": float(per_engine)} if gpus else {})] * engines
     bundles += [{"CPU": 1.0} | ({"GPU": 1.0} if gpus else {})] * ranks
     group = _reserve(bundles, "PACK" if gpus else "STRICT_PACK")
@@ -77,7 +79,7 @@ def placed(config: Config, model_dir: str, *, with_learner: bool = True, with_en
     try:
         for i in range(engines):
             bound = None if gpus else cores(config.engine.threads, i, engines)
-            options = _options(group, i, per_engine if gpus else 0, engine_environment(bound))
+            options = _options(group, i, per_engine if gpus else 0, engine_environment(bound, per_engine))
             actors.append(ray.remote(RolloutEngine).options(**options).remote(config, model_dir, f"engine-{i}"))
         for rank in range(ranks):
             environment = {} if gpus else {"OMP_NUM_THREADS": str(config.learner.threads or _cores_each(ranks))}
@@ -93,14 +95,7 @@ def placed(config: Config, model_dir: str, *, with_learner: bool = True, with_en
 
 def _reserve(bundles: list[dict[str, float]], strategy: str) -> PlacementGroup:
     """A placement group for the bundles. Raises InputError when the cluster can never hold them, RunError when it is busy."""
-    have = ray.cluster_resources()
-    for kind in ("CPU", "GPU"):
-        need = sum(bundle.get(kind, 0.0) for bundle in bundles)
-        if need > have.get(kind, 0.0):
-            raise InputError(
-                f"engine.count and learner.ranks need {need:g} {kind}s, the cluster has {have.get(kind, 0.0):g}; "
-                "lower them or add nodes"
-            )
+    require_room(bundles, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     group = placement_group(bundles, strategy=strategy)
     try:
         ray.get(group.ready(), timeout=PLACEMENT_TIMEOUT_S)
@@ -110,6 +105,22 @@ def _reserve(bundles: list[dict[str, float]], strategy: str) -> PlacementGroup:
             f"placement: no room for {len(bundles)} actors within {PLACEMENT_TIMEOUT_S:.0f} s; is another run holding them?"
         ) from None
     return group
+
+
+def require_room(bundles: list[dict[str, float]], nodes: list[dict[str, float]]) -> None:
+    """Raises InputError when nodes with these resources can never hold the bundles, each of them on one node."""
+    for kind in ("CPU", "GPU"):
+        need, have = (sum(part.get(kind, 0.0) for part in parts) for parts in (bundles, nodes))
+        if need > have:
+            raise InputError(
+                f"engine.count and learner.ranks need {need:g} {kind}s, the cluster has {have:g}; lower them or add nodes"
+            )
+    per_engine, largest = (max((part.get("GPU", 0.0) for part in parts), default=0.0) for parts in (bundles, nodes))
+    if per_engine > largest:
+        raise InputError(
+            f"engine.tensor_parallel = {per_engine:g}: the GPUs of an engine have to be in one node, the largest here has "
+            f"{largest:g}; lower it"
+        )
 
 
 def _options(group: PlacementGroup, bundle: int, gpus: int, environment: dict[str, str]) -> dict[str, Any]:

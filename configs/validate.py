@@ -173,7 +173,7 @@ def _sizes(check: _Checker) -> None:
     evaluated = generated - config.policy.max_cot_tokens + config.eval_cot_tokens
     if config.engine.max_model_len <= evaluated:
         check.fail("engine.max_model_len", f"more than {evaluated}: eval.max_cot_tokens is {config.eval_cot_tokens}")
-    if config.learner.micro_batch_tokens <= generated:
+    if config.learner.micro_batch_tokens is not None and config.learner.micro_batch_tokens <= generated:
         check.fail("learner.micro_batch_tokens", f"more than {generated} ({parts}), and the prompt: one sample has to fit")
     for key in ("engine.count", "learner.ranks"):
         if check.value(key) > batch:
@@ -181,8 +181,6 @@ def _sizes(check: _Checker) -> None:
     tokens, requests = config.engine.max_num_batched_tokens, config.engine.max_num_seqs
     if tokens is not None and tokens < requests:
         check.fail("engine.max_num_batched_tokens", f"at least engine.max_num_seqs = {requests}: a token of each request a step")
-    if config.engine.tensor_parallel != 1:
-        check.fail("engine.tensor_parallel", "1: the mixture over an embedding that is split over GPUs is not built yet")
     if config.push.backend == PushBackend.ipc:
         check.fail("push.backend", "auto, shm or nccl: a push through shared GPU memory is not built yet")
 

@@ -56,6 +56,16 @@ class SupportBatch:
     top_ids: Tensor  # int64 [R] the most probable token; the lowest id among exact ties; 0 in a bad row
 
 
+class Candidates(NamedTuple):
+    """The tokens that may belong to the supports of R rows, N in all, by row, then by id."""
+
+    rows: Tensor  # int64 [N]
+    ids: Tensor  # int64 [N]
+    logits: Tensor  # float32 [N] as they were given
+    counts: Tensor  # int64 [R] candidates of each row
+    log_outside: Tensor  # float64 [R] ln of the sum of exp(z / tau) over the row's other tokens
+
+
 def bad_rows(logits: Tensor) -> Tensor:
     """bool [R]: rows of logits [R, V] that define no distribution: a NaN, a +inf, or nothing above -inf."""
     return ~logits.amax(-1).isfinite()
@@ -75,18 +85,27 @@ def select_support(
         from kernels import triton_select  # not at the top: a CPU needs no Triton
 
         return triton_select.select_support(logits, tau.contiguous(), threshold)
-    exact = logits.dtype == torch.float32
+    found = screen(logits, tau, threshold)
+    if logits.dtype == torch.float32:
+        return settle(found, found.logits, tau, threshold)
+    assert hidden is not None and head is not None
+    return settle(found, rescore(found.rows, found.ids, hidden, head), tau, threshold)
+
+
+def screen(logits: Tensor, tau: Tensor, threshold: float = 1e-6) -> Candidates:
+    """The first half of `select_support`, from its arguments: all that a second look at their logits may select."""
     ragged = -logits.shape[1] % TILE
     tiles = (F.pad(logits, (0, ragged), value=-math.inf) if ragged else logits).unflatten(1, (-1, TILE))
-    scan = _scan(tiles, tau, threshold, margin=0.0 if exact else SCREEN_MARGIN)
+    scan = _scan(tiles, tau, threshold, margin=0.0 if logits.dtype == torch.float32 else SCREEN_MARGIN)
     rows, ids, values = _above(tiles, scan)
     counts = torch.bincount(rows, minlength=len(logits))
-    if not exact:
-        assert hidden is not None and head is not None
-        values = entry_dots(hidden.float(), rows, head, ids, GATHER_ENTRIES)
     outside = (scan.capped - counts * scan.cut_prob.double()).clamp_min(0.0)
-    log_outside = outside.log() + scan.log_total + scan.peak.double() / tau.double()
-    return _support(rows, ids, values, counts, log_outside, tau.double(), threshold)
+    return Candidates(rows, ids, values, counts, outside.log() + scan.log_total + scan.peak.double() / tau.double())
+
+
+def rescore(rows: Tensor, ids: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
+    """The logits of candidates anew: hidden[rows[i]] . head[ids[i]] in float32, [N]; hidden [R, d], head [>= V, d]."""
+    return entry_dots(hidden.float(), rows, head, ids, GATHER_ENTRIES)
 
 
 def mix(ids: Tensor, probs: Tensor, offsets: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,9 +162,13 @@ def rebuild(
 
         keys = (sigma.float().contiguous(), seeds.contiguous(), positions.contiguous())
         return triton_soft_embedding.rebuild(ids, probs, offsets, embedding, *keys, dtype)
-    mean = mix(ids, probs, offsets, embedding, dtype)
+    return add_noise(mix(ids, probs, offsets, embedding, dtype), sigma, seeds, positions, dtype)
+
+
+def add_noise(mean: Tensor, sigma: Tensor, seeds: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """The last step of `rebuild`, from the mean float32 [R, n0], which is overwritten: [R, n0] in `dtype`."""
     # Two roundings, product and sum: a fused multiply-add would differ between devices.
-    noise = normal_rows(seeds, positions, embedding.shape[1], STREAM_SOFT).mul_(sigma.float()[:, None])
+    noise = normal_rows(seeds, positions, mean.shape[1], STREAM_SOFT).mul_(sigma.float()[:, None])
     return mean.add_(noise).to(dtype)
 
 
@@ -230,13 +253,10 @@ def _above(tiles: Tensor, scan: _Scan) -> tuple[Tensor, Tensor, Tensor]:
     return row[hit], tile[hit] * TILE + lane, elements[hit, lane]
 
 
-def _support(
-    rows: Tensor, ids: Tensor, values: Tensor, counts: Tensor, log_outside: Tensor, tau: Tensor, threshold: float
-) -> SupportBatch:
-    """Threshold, argmax and softmax of the candidates (rows, ids, values) [N], of which row r has counts[r].
-
-    log_outside float64 [R] is the ln of the sum of exp(z / tau) over the other tokens of the row; tau float64 [R].
-    """
+def settle(found: Candidates, values: Tensor, tau: Tensor, threshold: float = 1e-6) -> SupportBatch:
+    """The second half of `select_support`: threshold, argmax and softmax of candidates whose logits are `values`, float32 [N]."""
+    rows, ids, counts, log_outside = found.rows, found.ids, found.counts, found.log_outside
+    tau = tau.double()
     peak = segment_max(values, _offsets(counts))
     weights = ((values - peak[rows]).double() / tau[rows]).exp_()
     rest = (log_outside - peak.double() / tau).exp()

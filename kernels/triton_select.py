@@ -127,14 +127,19 @@ def support_batch(support: FixedSupport, logits: Tensor, tau: Tensor, threshold:
     if largest > support.ids.shape[1]:
         support = allocate(rows, logits.shape[1], largest, logits.device)
         select(support, logits, tau, threshold)
-    counts = support.counts[:rows].long()
-    used = torch.arange(support.ids.shape[1], device=logits.device) < counts[:, None]
+    s = support
+    return compact(s.ids[:rows], s.probs[:rows], s.counts[:rows], s.dropped_mass[:rows].clone(), s.top_ids[:rows].clone())
+
+
+def compact(ids: Tensor, probs: Tensor, counts: Tensor, dropped_mass: Tensor, top_ids: Tensor) -> SupportBatch:
+    """Rows of a FixedSupport, none of which has overflowed, in CSR form; on any device, for which it waits."""
+    used = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]
     return SupportBatch(
-        ids=support.ids[:rows][used],
-        probs=support.probs[:rows][used],
-        offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
-        dropped_mass=support.dropped_mass[:rows].clone(),
-        top_ids=support.top_ids[:rows].clone(),
+        ids=ids[used],
+        probs=probs[used],
+        offsets=torch.nn.functional.pad(counts.long().cumsum(0), (1, 0)),
+        dropped_mass=dropped_mass,
+        top_ids=top_ids,
     )
 
 

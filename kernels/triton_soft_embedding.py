@@ -23,14 +23,13 @@ from kernels.checks import require_contiguous, require_dtype, require_ids, requi
 from kernels.noise import STREAM_SOFT
 from kernels.soft_embedding import TILE
 from kernels.triton_noise import normal_block
+from kernels.triton_segments import FLOATS, rounded
 from kernels.triton_select import FixedSupport, check_batch, support_prob
 
 DIMS = 256  # coordinates per program: one warp, 8 a lane, so a bf16 row of E is read in 16-byte loads
 UNROLL = 16  # rows of E in flight per program
 WARPS = 1
 LAUNCH = {"DIMS": DIMS, "UNROLL": UNROLL, "num_warps": WARPS, "enable_fp_fusion": False}
-
-FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def soft_embeddings(
@@ -48,24 +47,23 @@ def soft_embeddings(
     embedding [>= V, n0]; sigma float32 [R], at least 0; seeds, positions int64 [R] as for `normal_rows`. A row with no support is
     noise alone. One launch, no host synchronisation. Raises ValueError on wrong arguments before it.
     """
-    check_batch(support, logits, tau)
-    _check_table(embedding, out.dtype, support.ids)
+    _check_fixed(support, logits, tau, embedding, out, out.dtype)
     if len(embedding) < logits.shape[1]:
         raise ValueError(f"embedding: shape {list(embedding.shape)}, expected a row for each of the {logits.shape[1]} logits")
-    rows, width = len(logits), embedding.shape[1]
-    _check_noise(sigma, seeds, positions, rows, support.ids)
-    require_shape("out", out, (None, width), "[R, n0]")
-    if len(out) < rows:
-        raise ValueError(f"out: shape {list(out.shape)}, expected a row for each of the {rows} rows of logits")
-    require_contiguous("out", out)
-    require_same_device("out", out, "support", support.ids)
-    if rows:
-        s = support
-        _embed_fixed[(rows, triton.cdiv(width, DIMS))](
-            s.ids, s.probs, s.counts, s.ids.shape[1], logits, logits.stride(0), logits.shape[1], tau,
-            s.tile_max, s.tile_max.shape[1], s.peak, s.cut, s.kept, embedding, width, sigma, seeds, positions, out,
-            DTYPE=FLOATS[out.dtype], STREAM=STREAM_SOFT, TILE=TILE, **LAUNCH,
-        )  # fmt: skip
+    _check_noise(sigma, seeds, positions, len(logits), support.ids)
+    _launch_fixed(support, logits, tau, embedding, 0, (sigma, seeds, positions), out, out.dtype)
+
+
+def partial_means(support: FixedSupport, logits: Tensor, tau: Tensor, rows: Tensor, first_id: int, out: Tensor) -> None:
+    """One tensor-parallel rank's part of the means of the supports just selected, into out float32 [>= R, n0].
+
+    The sum of p_v E_v over the ids v whose rows the rank holds: `rows` [V', n0] are those of ids first_id, first_id + 1, and so on.
+    Added up over the ranks, then `sigma * normal_rows`, then one rounding to the dtype of `rows`: the soft embeddings. One launch,
+    no host synchronisation. Raises ValueError on wrong arguments before it.
+    """
+    _check_fixed(support, logits, tau, rows, out, rows.dtype)
+    require_dtype("out", out, torch.float32)
+    _launch_fixed(support, logits, tau, rows, first_id, None, out, rows.dtype)
 
 
 def mix(ids: Tensor, probs: Tensor, offsets: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
@@ -74,7 +72,7 @@ def mix(ids: Tensor, probs: Tensor, offsets: Tensor, embedding: Tensor, dtype: t
     means = torch.empty(len(offsets) - 1, embedding.shape[1], dtype=torch.float32, device=embedding.device)
     if means.numel():
         _embed_csr[_grid(means)](
-            ids, probs, offsets, embedding, embedding.shape[1], None, None, None, means,
+            ids, probs, offsets, embedding, *embedding.shape, None, None, None, means,
             DTYPE=FLOATS[dtype], NOISE=False, STREAM=STREAM_SOFT, **LAUNCH,
         )  # fmt: skip
     return means
@@ -96,14 +94,44 @@ def rebuild(
     noisy = torch.empty(len(offsets) - 1, embedding.shape[1], dtype=dtype, device=embedding.device)
     if noisy.numel():
         _embed_csr[_grid(noisy)](
-            ids, probs, offsets, embedding, embedding.shape[1], sigma, seeds, positions, noisy,
+            ids, probs, offsets, embedding, *embedding.shape, sigma, seeds, positions, noisy,
             DTYPE=FLOATS[dtype], NOISE=True, STREAM=STREAM_SOFT, **LAUNCH,
         )  # fmt: skip
     return noisy
 
 
+def _launch_fixed(
+    support: FixedSupport,
+    logits: Tensor,
+    tau: Tensor,
+    embedding: Tensor,
+    first_id: int,
+    noise_keys: tuple[Tensor, Tensor, Tensor] | None,
+    out: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    s, (held, width) = support, embedding.shape
+    if len(logits):
+        _embed_fixed[(len(logits), triton.cdiv(width, DIMS))](
+            s.ids, s.probs, s.counts, s.ids.shape[1], logits, logits.stride(0), logits.shape[1], tau,
+            s.tile_max, s.tile_max.shape[1], s.peak, s.cut, s.kept, embedding, first_id, held, width,
+            *(noise_keys or (None, None, None)), out,
+            DTYPE=FLOATS[dtype], NOISE=noise_keys is not None, STREAM=STREAM_SOFT, TILE=TILE, **LAUNCH,
+        )  # fmt: skip
+
+
 def _grid(out: Tensor) -> tuple[int, int]:
     return len(out), triton.cdiv(out.shape[1], DIMS)
+
+
+def _check_fixed(support: FixedSupport, logits: Tensor, tau: Tensor, embedding: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+    check_batch(support, logits, tau)
+    _check_table(embedding, dtype, support.ids)
+    require_shape("out", out, (None, embedding.shape[1]), "[R, n0]")
+    if len(out) < len(logits):
+        raise ValueError(f"out: shape {list(out.shape)}, expected a row for each of the {len(logits)} rows of logits")
+    require_contiguous("out", out)
+    require_same_device("out", out, "support", support.ids)
 
 
 def _check_table(embedding: Tensor, dtype: torch.dtype, ids: Tensor) -> None:
@@ -145,28 +173,32 @@ def _check_noise(sigma: Tensor, seeds: Tensor, positions: Tensor, rows: int, ids
 @triton.jit
 def _embed_fixed(
     ids, probs, counts, capacity, logits, logits_stride, vocabulary, taus, tile_max, tiles, peaks, cuts, kepts,
-    embedding, width, sigmas, seeds, positions, out,
-    DTYPE: tl.constexpr, STREAM: tl.constexpr, TILE: tl.constexpr, DIMS: tl.constexpr, UNROLL: tl.constexpr,
+    embedding, first_id, held, width, sigmas, seeds, positions, out,
+    DTYPE: tl.constexpr, NOISE: tl.constexpr, STREAM: tl.constexpr, TILE: tl.constexpr, DIMS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (R, cdiv(n0, DIMS))."""
+    """Grid (R, cdiv(n0, DIMS)). With NOISE the soft embedding in DTYPE, without it the mean over `held` ids in float32."""
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * DIMS
     count = tl.load(counts + row)
     mean = tl.zeros((DIMS,), tl.float32)
     if count <= capacity:
-        mean = _add_listed(mean, ids + row * capacity, probs + row * capacity, count, embedding, first, width, DTYPE, DIMS, UNROLL)
+        mean = _add_listed(
+            mean, ids + row * capacity, probs + row * capacity, count, embedding, first_id, held, first, width, DTYPE, DIMS, UNROLL
+        )
     else:
         mean = _add_unlisted(
             mean, logits + row * logits_stride, vocabulary, tl.load(taus + row), tile_max + row * tiles,
-            tl.load(peaks + row), tl.load(cuts + row), tl.load(kepts + row), embedding, first, width, DTYPE, TILE, DIMS, UNROLL,
+            tl.load(peaks + row), tl.load(cuts + row), tl.load(kepts + row), embedding, first_id, held, first, width,
+            DTYPE, TILE, DIMS, UNROLL,
         )  # fmt: skip
-    noisy = _add_noise(mean, row, first, sigmas, seeds, positions, STREAM, DIMS)
-    _store_row(out + row * width, _rounded(noisy, DTYPE), first, width, DIMS)
+    if NOISE:
+        mean = rounded(_add_noise(mean, row, first, sigmas, seeds, positions, STREAM, DIMS), DTYPE)
+    _store_row(out + row * width, mean, first, width, DIMS)
 
 
 @triton.jit
 def _embed_csr(
-    ids, probs, offsets, embedding, width, sigmas, seeds, positions, out,
+    ids, probs, offsets, embedding, held, width, sigmas, seeds, positions, out,
     DTYPE: tl.constexpr, NOISE: tl.constexpr, STREAM: tl.constexpr, DIMS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Grid (R, cdiv(n0, DIMS)). With NOISE the soft embedding in DTYPE, without it the mean in float32."""
@@ -175,18 +207,21 @@ def _embed_csr(
     begin = tl.load(offsets + row)
     count = (tl.load(offsets + row + 1) - begin).to(tl.int32)
     mean = tl.zeros((DIMS,), tl.float32)
-    mean = _add_listed(mean, ids + begin, probs + begin, count, embedding, first, width, DTYPE, DIMS, UNROLL)
+    mean = _add_listed(mean, ids + begin, probs + begin, count, embedding, 0, held, first, width, DTYPE, DIMS, UNROLL)
     if NOISE:
-        mean = _rounded(_add_noise(mean, row, first, sigmas, seeds, positions, STREAM, DIMS), DTYPE)
+        mean = rounded(_add_noise(mean, row, first, sigmas, seeds, positions, STREAM, DIMS), DTYPE)
     _store_row(out + row * width, mean, first, width, DIMS)
 
 
 @triton.jit
-def _add_listed(mean, ids, probs, count, embedding, first, width, DTYPE: tl.constexpr, DIMS: tl.constexpr, UNROLL: tl.constexpr):
+def _add_listed(
+    mean, ids, probs, count, embedding, first_id, held, first, width,
+    DTYPE: tl.constexpr, DIMS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
     """mean + sum of probs[i] * embedding[ids[i]] over i < count, in order."""
     tokens, weights = _entries(ids, probs, 0, count, UNROLL)
     for i in range(0, count, UNROLL):
-        rows = _table_rows(embedding, tokens, first, width, DIMS, UNROLL)
+        rows = _table_rows(embedding, tokens, first_id, held, first, width, DIMS, UNROLL)
         next_tokens, next_weights = _entries(ids, probs, i + UNROLL, count, UNROLL)  # while the rows are under way
         mean = _add_rows(mean, weights, rows, DTYPE, UNROLL)
         tokens, weights = next_tokens, next_weights
@@ -195,7 +230,7 @@ def _add_listed(mean, ids, probs, count, embedding, first, width, DTYPE: tl.cons
 
 @triton.jit
 def _add_unlisted(
-    mean, logits, vocabulary, tau, tile_max, peak, cut, kept, embedding, first, width,
+    mean, logits, vocabulary, tau, tile_max, peak, cut, kept, embedding, first_id, held, first, width,
     DTYPE: tl.constexpr, TILE: tl.constexpr, DIMS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """The same sum over the whole support of a row, found in its logits: tokens that do not belong add an exact 0."""
@@ -208,7 +243,7 @@ def _add_unlisted(
                     belongs = z - peak > cut
                     tokens += (tl.where(belongs, token + u, -1),)
                     weights += (tl.where(belongs, support_prob(z, peak, tau, kept), 0.0),)
-                rows = _table_rows(embedding, tokens, first, width, DIMS, UNROLL)
+                rows = _table_rows(embedding, tokens, first_id, held, first, width, DIMS, UNROLL)
                 mean = _add_rows(mean, weights, rows, DTYPE, UNROLL)
     return mean
 
@@ -224,13 +259,15 @@ def _entries(ids, probs, i, count, UNROLL: tl.constexpr):
 
 
 @triton.jit
-def _table_rows(embedding, tokens, first, width, DIMS: tl.constexpr, UNROLL: tl.constexpr):
-    """A tuple of blocks [DIMS]: coordinates first .. of rows of E, all requested before any is used; 0 for token -1, unread."""
+def _table_rows(embedding, tokens, first_id, held, first, width, DIMS: tl.constexpr, UNROLL: tl.constexpr):
+    """A tuple of blocks [DIMS]: coordinates first .. of rows of E, all requested before any is used; 0, unread, for token -1 and
+    for tokens that are not among the `held` ids from first_id on."""
     coordinate = first + tl.arange(0, DIMS)
     rows = tl.tuple(())
     for u in tl.static_range(UNROLL):
-        limit = tl.where(tokens[u] >= 0, width, 0)
-        rows += (tl.load(embedding + tl.cast(tokens[u], tl.int64) * width + coordinate, mask=coordinate < limit, other=0.0),)
+        row = tokens[u] - first_id
+        limit = tl.where((row >= 0) & (row < held), width, 0)
+        rows += (tl.load(embedding + tl.cast(row, tl.int64) * width + coordinate, mask=coordinate < limit, other=0.0),)
     return rows
 
 
@@ -238,7 +275,7 @@ def _table_rows(embedding, tokens, first, width, DIMS: tl.constexpr, UNROLL: tl.
 def _add_rows(mean, weights, rows, DTYPE: tl.constexpr, UNROLL: tl.constexpr):
     """mean + weights[0] * rows[0] + weights[1] * rows[1] + ..., the rows as the engine's dtype has them."""
     for u in tl.static_range(UNROLL):
-        mean = mean + weights[u] * _rounded(rows[u].to(tl.float32), DTYPE)
+        mean = mean + weights[u] * rounded(rows[u].to(tl.float32), DTYPE)
     return mean
 
 
@@ -247,16 +284,6 @@ def _add_noise(mean, row, first, sigmas, seeds, positions, STREAM: tl.constexpr,
     groups = first // 4 + tl.arange(0, DIMS // 4)
     noise = normal_block(tl.load(seeds + row), tl.load(positions + row), STREAM, groups)
     return mean + tl.load(sigmas + row) * noise
-
-
-@triton.jit
-def _rounded(values, DTYPE: tl.constexpr):
-    """float32 values rounded to nearest even to what DTYPE can hold."""
-    if tl.bfloat16 == DTYPE:
-        bits = values.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return tl.where(values == values, bits.to(tl.float32, bitcast=True), float("nan"))
-    return values.to(DTYPE).to(tl.float32)
 
 
 @triton.jit

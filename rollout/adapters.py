@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+import torch
+
 from configs.errors import InputError
 from rollout.soft_decoding import SoftDecoder
 
@@ -31,11 +33,15 @@ def require_compatible(vllm_config: Any) -> None:
         ("--speculative-config", vllm_config.speculative_config is not None, "drafts are ids, soft tokens are not"),
         ("--enable-lora", vllm_config.lora_config is not None, "adapters may change the embedding and the LM head"),
         ("--pipeline-parallel-size", parallel.pipeline_parallel_size > 1, "soft tokens are made in its last stage, not the first"),
-        ("--tensor-parallel-size", parallel.tensor_parallel_size > 1, "the embedding that soft tokens mix is split over GPUs"),
+        ("--enable-batch-sharded-sampling", bool(parallel.enable_batch_sharded_sampling), "every rank has to see every request"),
         ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size > 1, "prompts are split over GPUs"),
     ]
     for option, on, reason in mixed_with:
         if on:
             raise InputError(f"vLLM runs with {option}, which soft decoding can't be mixed with ({reason}); leave it out")
-    if not vllm_config.model_config.enable_prompt_embeds:
+    model = vllm_config.model_config
+    if not model.enable_prompt_embeds:
         raise InputError("vLLM runs without --enable-prompt-embeds, whose buffer takes the soft tokens; add it")
+    if vllm_config.device_config.device_type == "cuda" and model.head_dtype != torch.float32:
+        wanted = """--hf-overrides '{"head_dtype": "float32"}'"""
+        raise InputError(f"vLLM rounds logits to {model.head_dtype}, soft tokens need all of float32; add {wanted}")

@@ -25,9 +25,8 @@ from numpy.typing import NDArray
 
 from configs.errors import InputError, RunError
 from configs.schema import Config, InFlight
-from rollout.engine_args import engine_args, eos_ids
+from rollout.engine_args import engine_args
 from rollout.engine_process import EngineCounters, EngineProcess, last_words
-from rollout.prompt import PREFILL_AFTER_PHRASE, PREFILL_AT_LIMIT, STOP_PHRASE
 from rollout.record import SlotRecord
 from rollout.soft_decoding import BAD_LOGITS, CLOSED, EOS, LENGTH
 from rollout.trajectory import STOP_ANSWER_CLOSED, STOP_ANSWER_EOS, STOP_ANSWER_LENGTH, SampleRequest, Trajectory
@@ -54,13 +53,19 @@ class RolloutEngine:
         self._llm: Any = None
         self._collector: asyncio.Task[None] | None = None
         self._counters = EngineCounters()
+        self._report: dict[str, Any] | None = None  # of the start
 
     async def start(self) -> dict[str, Any]:
-        """Start vLLM and soft decoding in its workers; returns the first worker's report, with the `pid` of vLLM's engine process.
+        """Start vLLM and soft decoding in its workers, unless they run already, for the run before; returns the first worker's
+        report of that start, with the `pid` of vLLM's engine process.
 
         Raises InputError for a model or tokenizer that soft decoding does not know, RunError when the workers differ or vLLM fails.
         """
-        from transformers import AutoTokenizer
+        if self._report is None:
+            self._report = await self._start()
+        return self._report
+
+    async def _start(self) -> dict[str, Any]:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         args = engine_args(self.config, self.model_dir)
@@ -69,22 +74,13 @@ class RolloutEngine:
         except RuntimeError as error:  # what vLLM raises when its engine process does not come up
             raise RunError(f"{self.name}: vLLM did not start: {str(error).splitlines()[0]}{last_words()}") from error
         self._process = EngineProcess(self._llm, self.name)
-        tokenizer = AutoTokenizer.from_pretrained(self.model_dir)
-        eos = eos_ids(self.model_dir, tokenizer)
-        prefills = tuple(tokenizer.encode(text, add_special_tokens=False) for text in (PREFILL_AFTER_PHRASE, PREFILL_AT_LIMIT))
-        self._prefills = [np.array(p, dtype=np.int32) for p in prefills]
-        self._stop_id = eos[0]
-        spec = AttachSpec(
-            tokenizer=self.model_dir,
-            stop_phrase=STOP_PHRASE,
-            prefills=(prefills[0], prefills[1]),
-            eos_ids=eos,
-            stop_id=self._stop_id,
+        self._spec = AttachSpec.of_model(
+            self.model_dir,
             max_num_seqs=self.config.engine.max_num_seqs,
             max_cot_tokens=max(self.config.policy.max_cot_tokens, self.config.eval_cot_tokens),
             max_answer_tokens=self.config.policy.max_answer_tokens,
         )
-        reports = await self._rpc("softrl_attach", spec.to_json())
+        reports = await self._rpc("softrl_attach", self._spec.to_json())
         if not reports or len(set(reports)) > 1:
             raise RunError(f"{self.name}: workers report {reports}, expected the same soft-decoding adapter from each")
         report = json.loads(reports[0])
@@ -152,7 +148,7 @@ class RolloutEngine:
             max_tokens=self._most_generated(request),
             temperature=0.0,
             ignore_eos=True,
-            stop_token_ids=[self._stop_id],
+            stop_token_ids=[self._spec.stop_id],
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args=request_options(request, record_id),
@@ -208,7 +204,7 @@ class RolloutEngine:
                     raise RunError(f"{label}: nothing finished within engine.request_timeout_s = {deadline_s:g}") from None
 
     def _most_generated(self, request: SampleRequest) -> int:
-        return request.max_cot_tokens + max(map(len, self._prefills)) + request.max_answer_tokens
+        return self._spec.most_generated(request.max_cot_tokens, request.max_answer_tokens)
 
     def _require_fits(self, request: SampleRequest) -> None:
         policy = self.config.policy
@@ -268,7 +264,7 @@ class RolloutEngine:
             support_offsets=record.support.offsets,
             dropped_mass=record.dropped_mass,
             soft_embeddings=record.soft_embeddings,
-            prefill_ids=self._prefills[record.prefill_kind],
+            prefill_ids=np.array(self._spec.prefills[record.prefill_kind], dtype=np.int32),
             answer_ids=record.answer_ids,
             answer_logprobs=record.answer_logprobs,
             stop_reason=STOP_REASONS[record.stop_code],

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError, RunError
-from rollout.rows import file_rows, hub_rows
+from rollout.rows import Row, file_rows, hub_rows
 
 DELIMITER = " "  # between context and choice: lm-eval's default target_delimiter
 MMLU_LETTERS = ("A", "B", "C", "D")
@@ -129,19 +129,19 @@ SETS = {
     "arc_easy": ChoiceSet("allenai/ai2_arc", "ARC-Easy", "test", arc_parts),
     "arc_challenge": ChoiceSet("allenai/ai2_arc", "ARC-Challenge", "test", arc_parts),
 }
+OWN = "choices"  # any other set: a file with ARC's fields (question, choices: {text, label}, answerKey)
 
 
 def load_items(name: str, path: str | None = None) -> list[Item]:
-    """The items of a set of SETS, from the hub or from a file with the hub's fields, in its order. InputError names the row at
-    fault: nothing is left out."""
-    if name not in SETS:
-        raise InputError(f"out of domain: unknown set {name!r}; expected one of {', '.join(SETS)}")
-    source = SETS[name]
-    rows = hub_rows(source.path, source.config)[source.split] if path is None else file_rows(Path(path).expanduser())
+    """The items of a set of SETS, from the hub or from a file with the hub's fields, or of OWN, in their order. InputError names
+    the row at fault: nothing is left out."""
+    if name not in (*SETS, OWN):
+        raise InputError(f"out of domain: unknown set {name!r}; expected one of {', '.join(SETS)}, or {OWN}=FILE")
+    parts = arc_parts if name == OWN else SETS[name].parts
     items: list[Item] = []
-    for where, row in rows:
+    for where, row in _rows(name, path):
         try:
-            context, choices, gold = source.parts(row)
+            context, choices, gold = parts(row)
         except KeyError as error:
             raise InputError(f"{where}: no field {error}, expected {name}'s; its fields are {', '.join(row) or 'none'}") from error
         except (ValueError, TypeError) as error:
@@ -152,8 +152,17 @@ def load_items(name: str, path: str | None = None) -> list[Item]:
             raise InputError(f"{where}: choice '' is empty; mend the row or remove it")
         items.append(Item(len(items), context, tuple(choices), gold))
     if not items:
-        raise InputError(f"{path or source.path}: holds no items of {name}")
+        raise InputError(f"{path or name}: holds no items of {name}")
     return items
+
+
+def _rows(name: str, path: str | None) -> Iterable[Row]:
+    if path is not None:
+        return file_rows(Path(path).expanduser())
+    if name == OWN:
+        raise InputError(f"out of domain: {OWN}: expected {OWN}=FILE, a file with the fields question, choices and answerKey")
+    source = SETS[name]
+    return hub_rows(source.path, source.config)[source.split]
 
 
 # --- items to token ids, as in lm_eval/api/model.py ------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """What vLLM loads in every one of its processes through the `vllm.general_plugins` entry point.
 
-It registers the shared-memory weight transfer, and changes two things in vLLM:
+It registers the shared-memory weight transfer, and changes three things in vLLM:
 
 - The KV blocks of a softrl request's chain of thought get a prefix-cache key of their own: vLLM keys a block by its token ids, and
   two soft histories with equal shadow ids have different keys and values. Prompt blocks keep vLLM's key, so the samples of a group
   share their prompt.
 - Blocks are zeroed before they are used again. A request whose logits are not finite leaves NaN in its blocks, and attention over
   the unwritten rest of a block is 0 * NaN: whoever got its blocks next failed with it.
+- A server whose --additional-config says so decodes soft tokens for its clients (rollout/serving.py). It is off by default.
 """
 
 import functools
@@ -32,6 +33,41 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(SHM_BACKEND, "rollout.weight_transfer", "SharedMemoryWeightTransferEngine")
     _patch_block_hash()
     _zero_reused_blocks()
+    _serve_soft_tokens()
+
+
+def _serve_soft_tokens() -> None:
+    """Wrap what makes vLLM's config (vllm/engine/arg_utils.py), and what readies a worker of any platform and executor."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    if not hasattr(EngineArgs.create_engine_config, "__wrapped__"):
+        EngineArgs.create_engine_config = served(EngineArgs.create_engine_config)
+    WorkerWrapperBase.compile_or_warm_up_model = attached_after_warm_up
+
+
+def served(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original`, which vLLM calls in its front end before it starts the engine, with softrl's part of the config checked."""
+
+    @functools.wraps(original)
+    def create_engine_config(*args: Any, **kwargs: Any) -> Any:
+        from rollout import serving  # it needs torch and vLLM, which has only begun to load
+
+        config = original(*args, **kwargs)
+        serving.configure(config)
+        serving.open_front_end()
+        return config
+
+    return create_engine_config
+
+
+def attached_after_warm_up(wrapper: Any) -> Any:
+    """For vLLM's WorkerWrapperBase: the worker's own warm-up, and then, as in the engine actor, soft decoding if it is served."""
+    from rollout import serving
+
+    times = wrapper.worker.compile_or_warm_up_model()
+    serving.attach_served(wrapper.worker)
+    return times
 
 
 def _zero_reused_blocks() -> None:

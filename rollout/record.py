@@ -57,8 +57,12 @@ class SupportArena:
     def _grow(self, needed: int) -> None:
         capacity = self.ids.shape[1]
         if needed > capacity:
-            extra = ((0, 0), (0, max(needed, 2 * capacity) - capacity))
-            self.ids, self.probs = np.pad(self.ids, extra), np.pad(self.probs, extra)
+            wider = (len(self.ids), max(needed, 2 * capacity))
+            old_ids, old_probs = self.ids, self.probs
+            # Pages of zeros take no memory before they are written: one long record does not cost every slot as much.
+            self.ids, self.probs = np.zeros(wider, dtype=np.int32), np.zeros(wider, dtype=np.float32)
+            for slot, held in enumerate(self.ends.max(axis=1)):
+                self.ids[slot, :held], self.probs[slot, :held] = old_ids[slot, :held], old_probs[slot, :held]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@
       |
     DONE     the scheduler sees the stop id
 
-State is one tensor per quantity, indexed by slot; a step is a handful of vectorised operations. It knows neither vLLM nor its
+State is one tensor per quantity, indexed by slot. A step computes every quantity for every row, whatever its phase, and a mask
+decides whose is written: so it never asks the device which rows these are (rollout/row_ops.py). It knows neither vLLM nor its
 runners: an adapter gives rows of logits and hidden states, and asks for the embeddings to lay over its inputs.
 """
 
@@ -20,11 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from configs.schema import TAU_OF_MODE, Mode
-from kernels.noise import STREAM_ANSWER, STREAM_COT, uniform_rows
-from kernels.soft_embedding import SupportBatch, rebuild, select_support
+from configs.schema import Mode
+from kernels.soft_embedding import bad_rows
 from rollout.record import SlotRecord, SupportArena, tensor_bytes
+from rollout.row_ops import FixedOps, RaggedOps, RowOps, Rows
 from rollout.token_tables import TokenTables
+from rollout.vocab_rows import VocabRows
 
 COT, PREFILL, ANSWER, DONE = range(4)
 AFTER_PHRASE, AT_LIMIT = range(2)  # which forced prefill follows the CoT
@@ -50,7 +52,8 @@ class SoftDecoder:
     """Slots of soft, fuzzy and hard requests decoding side by side.
 
     embedding: [V', n0] the model's input embedding in the engine's dtype (rows past V are padding and never used).
-    head: [V', d] the LM head; may be the embedding itself.
+    head: [V', d] the LM head; may be the embedding itself. With tensor parallelism this process holds a part of both; every rank
+    decodes every request, and the same calls in the same order.
     prefills: the two forced id lists, AFTER_PHRASE and AT_LIMIT.
     stop_id: the id that ends a request for the scheduler.
     """
@@ -64,15 +67,15 @@ class SoftDecoder:
         tables: TokenTables,
         prefills: tuple[list[int], list[int]],
         stop_id: int,
-        embedding: Tensor,
-        head: Tensor,
+        embedding: VocabRows,
+        head: VocabRows,
     ) -> None:
-        device = embedding.device
-        self.device, self.dtype = device, embedding.dtype
-        self.embedding, self.head = embedding, head
+        device = embedding.rows.device
+        self.device, self.dtype = device, embedding.rows.dtype
         self.tables = tables.to(device)
         self.vocab_size = tables.is_eos.shape[0]
         self.stop_id, self.other_id = stop_id, 0 if stop_id else 1
+        self.use_weights(embedding, head)
         width = max(map(len, prefills))
         self.prefill_ids = torch.tensor([p + [0] * (width - len(p)) for p in prefills], device=device)
         self.prefill_length = torch.tensor([len(p) for p in prefills], device=device)
@@ -89,18 +92,27 @@ class SoftDecoder:
         self.phrase_state, self.prefill_kind = per_slot(torch.int64), per_slot(torch.int64)
         self.brace_depth, self.stop_code = per_slot(torch.int64), per_slot(torch.int64)
         self.escaping = per_slot(torch.int64)  # 1 where the answer so far ends with an escaping backslash
-        self.next_input = per_slot(self.dtype, embedding.shape[1])
+        self.next_input = per_slot(self.dtype, embedding.rows.shape[1])
         self.overlaid = per_slot(torch.bool)  # the next input is `next_input`, not the embedding of the emitted id
         self.cot_length = per_slot(torch.int64)
-        self.shadow_ids = per_slot(torch.int32, max_cot_tokens)
+        # One more than can be recorded: where rows write that have nothing to record.
+        self.shadow_ids = per_slot(torch.int32, max_cot_tokens + 1)
         self.answer_length = per_slot(torch.int64)
-        self.answer_ids = per_slot(torch.int32, max_answer_tokens)
-        self.answer_logprobs = per_slot(torch.float32, max_answer_tokens)
+        self.answer_ids = per_slot(torch.int32, max_answer_tokens + 1)
+        self.answer_logprobs = per_slot(torch.float32, max_answer_tokens + 1)
         self.emitted_length = per_slot(torch.int64)
         self.emitted_ids = per_slot(torch.int64, max_cot_tokens + width + max_answer_tokens)
         self.arena = SupportArena(slots, max_cot_tokens)
+        self.ops: RowOps = RaggedOps(self.arena)
+        if device.type == "cuda":
+            self.ops = FixedOps(self.arena, embedding, slots, self.vocab_size)
         self._full: dict[int, Tensor] = {}  # slot -> [L, n0], the inputs as they were fed, for record: full
         self._free = list(range(slots - 1, -1, -1))
+
+    def use_weights(self, embedding: VocabRows, head: VocabRows) -> None:
+        """Take the model's matrices, at the start and after each push, which may have moved them."""
+        self.embedding, self.head = embedding, head
+        self.stop_row = embedding.row(self.stop_id)  # the input of a true token that is shown as another
 
     # ------------------------------------------------------------------ slots
 
@@ -125,6 +137,7 @@ class SoftDecoder:
 
     def release(self, slot: int) -> None:
         """Give back an admitted slot, once, whatever its phase. Take its `record` first: the next request overwrites it."""
+        self.ops.settle()  # what is under way must not reach the next request's record
         self._full.pop(slot, None)
         self._free.append(slot)
 
@@ -134,7 +147,8 @@ class SoftDecoder:
         return len(self._free)
 
     def record(self, slot: int) -> SlotRecord:
-        """A copy of everything recorded for a slot."""
+        """A copy of everything recorded for a slot. Waits for the device."""
+        self.ops.settle()
         cot, answer = int(self.cot_length[slot]), int(self.answer_length[slot])
         full = self._full.get(slot)
         return SlotRecord(
@@ -159,163 +173,106 @@ class SoftDecoder:
         A row whose logits are NaN or +inf, or all -inf, ends with BAD_LOGITS; the other rows do not notice.
         """
         logits = logits[:, : self.vocab_size]
-        again = output_index < self.emitted_length[slots]
+        known = self.emitted_length[slots]
+        again, phase, step = output_index < known, self.phase[slots], self.step[slots]
+        bad = bad_rows(logits) & ~again & ((phase == COT) | (phase == ANSWER))
+        thinks, forced, answers = ((phase == one) & ~again & ~bad for one in (COT, PREFILL, ANSWER))
+        mixes = thinks & ~self.is_hard[slots]
+
+        rows = Rows(slots, step, self.seed[slots], self.prompt_length[slots] + step, logits, hidden)
+        token, logprob = self._sample(rows, thinks & ~mixes, answers)
+        fed, top_ids = self.ops.mix(rows, mixes, self.tau[slots], self.sigma[slots], self.embedding, self.head)
+        prefill, prefill_ended = self._prefill(slots, step)
+        token = torch.where(mixes, top_ids, torch.where(forced, prefill, token))
+
+        thought_ended = self._record_thought(slots, thinks, step, token)
+        code = self._record_answer(slots, answers, step, token, logprob)
+        self.stop_code[slots] = torch.where(bad, BAD_LOGITS, torch.where(answers, code, self.stop_code[slots]))
+        active = thinks | forced | answers
+        ended = torch.where(thinks, thought_ended, torch.where(forced, prefill_ended, code != RUNNING))
+        self.phase[slots] = torch.where(bad, DONE, phase + (active & ended))  # the phases follow each other
+        self.step[slots] = torch.where(active, torch.where(ended, 0, step + 1), step)
+
         at = output_index.clamp_max(self.emitted_ids.shape[1] - 1)  # a request that is done may be asked for more
-        emitted = torch.where(again, self.emitted_ids[slots, at], self.stop_id)
-        phase = torch.where(again, DONE, self.phase[slots])
-        bad = ~torch.isfinite(logits.amax(dim=1)) & (phase != DONE) & (phase != PREFILL)
-        if bad.any():
-            self.stop_code[slots[bad]] = BAD_LOGITS
-            self.phase[slots[bad]] = DONE
-            phase = torch.where(bad, DONE, phase)
-        self.overlaid[slots] &= again
-        for of_phase, act in ((COT, self._think), (PREFILL, self._force), (ANSWER, self._answer)):
-            rows = (phase == of_phase).nonzero().squeeze(1)
-            if len(rows):
-                emitted[rows] = act(slots[rows], logits, hidden, rows)
+        goes_on = active & ~(answers & ended)
         # The stop id must end a request only when we say so: a true token equal to it is shown as another id and overlaid.
-        disguised = (emitted == self.stop_id) & (self.phase[slots] != DONE)
-        if disguised.any():
-            plain = slots[disguised & ~self.overlaid[slots]]
-            self.next_input[plain] = self.embedding[self.stop_id]
-            self.overlaid[plain] = True
-            emitted[disguised] = self.other_id
+        disguised = goes_on & (token == self.stop_id)
+        shown = torch.where(goes_on, torch.where(disguised, self.other_id, token), self.stop_id)
+        emitted = torch.where(again, self.emitted_ids[slots, at], shown)
+        self._feed(slots, again, mixes, disguised, fed)
         self.emitted_ids[slots, at] = emitted
-        self.emitted_length[slots] = torch.maximum(self.emitted_length[slots], output_index + 1)
+        self.emitted_length[slots] = torch.maximum(known, output_index + 1)
+        if self._full:
+            self._record_full(rows, mixes, fed)
         return emitted
 
-    def _think(self, slots: Tensor, logits: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
-        """One CoT step: the mixture (or the sampled token), its record, and whether the CoT ends here."""
-        hard = self.is_hard[slots]
-        shadow = torch.empty_like(slots)
-        if hard.any():
-            shadow[hard] = self._sample(slots[hard], logits[rows[hard]], hidden[rows[hard]])
-        soft = ~hard
-        if soft.any():
-            shadow[soft] = self._mix(slots[soft], logits[rows[soft]], hidden[rows[soft]])
-        step = self.step[slots]
-        self.shadow_ids[slots, step] = shadow.to(torch.int32)
-        state = self.tables.phrase_state[self.phrase_state[slots], shadow].long()
-        found, limit = state == self.tables.accept, step + 1 >= self.cot_limit[slots]
-        ended = found | limit
-        self.phrase_state[slots] = state
-        self.cot_length[slots] = step + 1
-        self.prefill_kind[slots] = torch.where(found, AFTER_PHRASE, AT_LIMIT)
-        self.phase[slots] = torch.where(ended, PREFILL, COT)
-        self.step[slots] = torch.where(ended, 0, step + 1)
-        return shadow
+    def _sample(self, rows: Rows, thinks: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and log-probs [R] of the rows that think hard tokens or answer."""
+        temperature = torch.where(answers, self.answer_temperature[rows.slots], self.tau[rows.slots])
+        return self.ops.sample(rows, thinks | answers, temperature, answers, self.head)
 
-    def _sample(self, slots: Tensor, logits: Tensor, hidden: Tensor) -> Tensor:
-        """The sampled token of hard rows. A greedy one is found as a fuzzy row finds its peak, where bf16 logits tie or swap."""
-        position = self.prompt_length[slots] + self.step[slots]
-        token, _ = sample_tokens(logits, self.tau[slots], self.seed[slots], position, STREAM_COT)
-        greedy = self.tau[slots] <= 0
-        if logits.dtype != torch.float32 and greedy.any():
-            cold = torch.full_like(self.tau[slots][greedy], TAU_OF_MODE[Mode.fuzzy])
-            token[greedy] = self._support(logits[greedy], cold, hidden[greedy]).top_ids
-        return token
+    def _prefill(self, slots: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The forced ids [R], and whether each is the last."""
+        kind = self.prefill_kind[slots]
+        return self.prefill_ids[kind, step.clamp_max(self.prefill_ids.shape[1] - 1)], step + 1 >= self.prefill_length[kind]
 
-    def _support(self, logits: Tensor, tau: Tensor, hidden: Tensor) -> SupportBatch:
-        """The support of each row's mixture, from float32 logits or from rounded ones and what made them."""
-        if logits.dtype == torch.float32:
-            return select_support(logits, tau, None, None)
-        return select_support(logits, tau, hidden, self.head)
+    def _record_thought(self, slots: Tensor, thinks: Tensor, step: Tensor, token: Tensor) -> Tensor:
+        """One shadow token of the rows that think; whether the CoT ends with it."""
+        before = self.phrase_state[slots]
+        state = self.tables.phrase_state[before, token].long()
+        found = state == self.tables.accept
+        self.shadow_ids[slots, torch.where(thinks, step, self.shadow_ids.shape[1] - 1)] = token.to(torch.int32)
+        self.phrase_state[slots] = torch.where(thinks, state, before)
+        self.cot_length[slots] += thinks
+        self.prefill_kind[slots] = torch.where(thinks & found, AFTER_PHRASE, self.prefill_kind[slots])
+        return found | (step + 1 >= self.cot_limit[slots])
 
-    def _mix(self, slots: Tensor, logits: Tensor, hidden: Tensor) -> Tensor:
-        """The noisy mixture of soft rows, written to `next_input` and recorded; returns the most probable ids."""
-        support = self._support(logits, self.tau[slots], hidden)
-        step = self.step[slots]
-        fed = rebuild(
-            support.ids, support.probs, support.offsets, self.embedding,
-            self.sigma[slots], self.seed[slots], self.prompt_length[slots] + step, self.dtype,
-        )  # fmt: skip
-        self.next_input[slots] = fed
-        self.overlaid[slots] = True
-        self.arena.append(slots.cpu().numpy(), step.cpu().numpy(), support)
-        for i, slot in enumerate(slots.tolist() if self._full else ()):
-            if slot in self._full:
-                self._full[slot][step[i]] = fed[i].cpu()
-        return support.top_ids
-
-    def _force(self, slots: Tensor, _logits: Tensor, _hidden: Tensor, _rows: Tensor) -> Tensor:
-        """One forced prefill id."""
-        kind, step = self.prefill_kind[slots], self.step[slots]
-        ended = step + 1 >= self.prefill_length[kind]
-        self.phase[slots] = torch.where(ended, ANSWER, PREFILL)
-        self.step[slots] = torch.where(ended, 0, step + 1)
-        return self.prefill_ids[kind, step]
-
-    def _answer(self, slots: Tensor, logits: Tensor, _hidden: Tensor, rows: Tensor) -> Tensor:
-        """One answer token; the stop id in its place when it is the last."""
-        step = self.step[slots]
-        position = self.prompt_length[slots] + step  # distinct per answer token; the stream keeps it apart from the CoT's
-        token, logprob = sample_tokens(logits[rows], self.answer_temperature[slots], self.seed[slots], position, STREAM_ANSWER)
-        self.answer_ids[slots, step] = token.to(torch.int32)
-        self.answer_logprobs[slots, step] = logprob
-        self.answer_length[slots] = step + 1
+    def _record_answer(self, slots: Tensor, answers: Tensor, step: Tensor, token: Tensor, logprob: Tensor) -> Tensor:
+        """One token of the rows that answer; the stop code [R] with which the answer ends here, or RUNNING."""
+        at = torch.where(answers, step, self.answer_ids.shape[1] - 1)
+        self.answer_ids[slots, at] = token.to(torch.int32)
+        self.answer_logprobs[slots, at] = logprob
+        self.answer_length[slots] += answers
         depth, escaping = self.brace_depth[slots], self.escaping[slots]
         closed = depth + self.tables.brace_lowest[escaping, token] <= 0
         eos, length = self.tables.is_eos[token], step + 1 >= self.answer_limit[slots]
         code = torch.where(closed, CLOSED, torch.where(eos, EOS, torch.where(length, LENGTH, RUNNING)))
-        self.brace_depth[slots] = depth + self.tables.brace_delta[escaping, token]
-        self.escaping[slots] = self.tables.escaping[escaping, token].long()
-        self.stop_code[slots] = code
-        self.phase[slots] = torch.where(code == RUNNING, ANSWER, DONE)
-        self.step[slots] = step + 1
-        return torch.where(code == RUNNING, token, self.stop_id)
+        self.brace_depth[slots] = torch.where(answers, depth + self.tables.brace_delta[escaping, token], depth)
+        self.escaping[slots] = torch.where(answers, self.tables.escaping[escaping, token].long(), escaping)
+        return code
+
+    def _feed(self, slots: Tensor, again: Tensor, mixes: Tensor, disguised: Tensor, fed: Tensor) -> None:
+        """The next inputs of the rows that mix, `fed` [R, n0], and of those whose token is disguised; others go by their id."""
+        own = torch.where(mixes[:, None], fed, self.stop_row)
+        overlaid = mixes | disguised
+        self.next_input[slots] = torch.where(overlaid[:, None], own, self.next_input[slots])
+        self.overlaid[slots] = torch.where(again, self.overlaid[slots], overlaid)
+
+    def _record_full(self, rows: Rows, mixes: Tensor, fed: Tensor) -> None:
+        """Keep the inputs of the requests that asked for it. Waits for the device."""
+        for i, slot in enumerate(rows.slots.tolist()):
+            if slot in self._full and mixes[i]:
+                self._full[slot][int(rows.step[i])] = fed[i].cpu()
 
     # ------------------------------------------------------------------ inputs
 
     def replay(self, slot: int, first: int, last: int) -> tuple[NDArray[np.int64], Tensor]:
         """The recorded inputs of CoT steps first .. last-1 that are not the embedding of the id the scheduler knows.
 
-        Returns the step indices [k] and their rows [k, n0] in the engine's dtype, bit for bit as they were fed.
+        Returns the step indices [k] and their rows [k, n0] in the engine's dtype, bit for bit as they were fed. Waits for the
+        device.
         """
+        self.ops.settle()
         if bool(self.is_hard[slot]):
             ids = self.shadow_ids[slot, first:last].cpu().numpy()
             hidden_ids = np.flatnonzero(ids == self.stop_id)
-            return first + hidden_ids, self.embedding[self.stop_id].expand(len(hidden_ids), -1)
+            return first + hidden_ids, self.stop_row.expand(len(hidden_ids), -1)
         steps = np.arange(first, last)
         support = self.arena.steps(slot, first, last)
         count = last - first
-        rows = rebuild(
+        rows = self.embedding.soft_embeddings(
             torch.from_numpy(support.ids).to(self.device), torch.from_numpy(support.probs).to(self.device),
-            torch.from_numpy(support.offsets).to(self.device), self.embedding,
-            self.sigma[slot].expand(count), self.seed[slot].expand(count),
-            self.prompt_length[slot] + torch.from_numpy(steps).to(self.device), self.dtype,
+            torch.from_numpy(support.offsets).to(self.device), self.sigma[slot].expand(count), self.seed[slot].expand(count),
+            self.prompt_length[slot] + torch.from_numpy(steps).to(self.device),
         )  # fmt: skip
         return steps, rows
-
-
-def sample_tokens(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, stream: int) -> tuple[Tensor, Tensor]:
-    """Sample ids [R] int64 by inverse CDF with counter-based uniforms, and their log-probs [R] at temperature 1.
-
-    logits [R, V]; temperature float32 [R], 0 is greedy; seed and position int64 [R]. A row's sample depends on nothing but its
-    own logits, seed and position.
-    """
-    logits = logits.float()
-    greedy = temperature <= 0
-    token = logits.argmax(dim=1)
-    if not greedy.all():
-        scaled = logits / torch.where(greedy, 1.0, temperature)[:, None]
-        weight = (scaled - scaled.amax(dim=1, keepdim=True)).exp_()
-        token = torch.where(greedy, token, _draw(weight, uniform_rows(seed, position, stream)))
-    return token, logits.gather(1, token[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
-
-
-def _draw(weight: Tensor, u: Tensor) -> Tensor:
-    """Ids [R] of unnormalised weights [R, V] at uniforms u [R]: first the block of 128 that holds u, then the entry in it.
-
-    Ten times faster on a CPU than a float64 running sum over all of V, which is what exactness would otherwise take.
-    """
-    block = 128
-    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % block)).unflatten(1, (-1, block))
-    of_blocks = padded.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
-    target = u.double() * of_blocks[:, -1]
-    chosen = torch.searchsorted(of_blocks, target[:, None], right=True).clamp_max(of_blocks.shape[1] - 1)
-    before = torch.where(chosen > 0, of_blocks.gather(1, (chosen - 1).clamp_min(0)), 0.0)
-    inside = padded.gather(1, chosen[:, :, None].expand(-1, -1, block)).squeeze(1).double().cumsum(dim=1)
-    within = torch.searchsorted(inside, target[:, None] - before, right=True)
-    # Rounding can put the target a hair past the block's own sum: take the block's last entry with weight.
-    last = (inside < inside[:, -1:]).sum(dim=1, keepdim=True)
-    return (chosen * block + torch.minimum(within, last)).squeeze(1)

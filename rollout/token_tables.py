@@ -77,6 +77,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[byt
     return [added.get(i, plain[i] if i < len(plain) else b"") for i in range(vocab_size)]
 
 
+def silent_id(tokenizer: PreTrainedTokenizerBase, stop_id: int) -> int:
+    """The id to show for a true `stop_id`: another special token, which readers of the text skip too; else any other."""
+    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i != stop_id]
+    return min(special, default=0 if stop_id else 1)
+
+
 def phrase_table(flat: NDArray[np.uint8], lengths: NDArray[np.int64], phrase: bytes) -> NDArray[np.uint8]:
     """[n+1, V] uint8: where the Knuth-Morris-Pratt automaton of `phrase` stands after each token, from each state."""
     step = kmp_automaton(phrase)

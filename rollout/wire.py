@@ -8,7 +8,9 @@ import numpy as np
 import safetensors.numpy
 
 from configs.schema import Mode
+from rollout.engine_args import eos_ids
 from rollout.plugin import EXTRA_ARG
+from rollout.prompt import PREFILL_AFTER_PHRASE, PREFILL_AT_LIMIT, STOP_PHRASE
 from rollout.record import SlotRecord, SlotSupport
 from rollout.soft_decoding import SlotRequest
 from rollout.trajectory import SampleRequest
@@ -26,6 +28,32 @@ class AttachSpec:
     max_num_seqs: int
     max_cot_tokens: int
     max_answer_tokens: int
+
+    @staticmethod
+    def of_model(model: str, *, max_num_seqs: int, max_cot_tokens: int, max_answer_tokens: int) -> "AttachSpec":
+        """The paper's phrase and prefills in the ids of a model's tokenizer; `model` is a folder or an id.
+
+        Raises InputError when nothing says which token ends a text.
+        """
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        eos = eos_ids(model, tokenizer)
+        prefills = [tokenizer.encode(text, add_special_tokens=False) for text in (PREFILL_AFTER_PHRASE, PREFILL_AT_LIMIT)]
+        return AttachSpec(
+            tokenizer=model,
+            stop_phrase=STOP_PHRASE,
+            prefills=(prefills[0], prefills[1]),
+            eos_ids=eos,
+            stop_id=eos[0],
+            max_num_seqs=max_num_seqs,
+            max_cot_tokens=max_cot_tokens,
+            max_answer_tokens=max_answer_tokens,
+        )
+
+    def most_generated(self, max_cot_tokens: int, max_answer_tokens: int) -> int:
+        """The positions that a request decodes at most: its CoT, the longer prefill, its answer."""
+        return max_cot_tokens + max(map(len, self.prefills)) + max_answer_tokens
 
     def to_json(self) -> str:
         """What `from_json` reads back into an equal spec."""
@@ -55,9 +83,14 @@ def request_options(request: SampleRequest, record_id: str) -> dict[str, Any]:
     }
 
 
-def slot_request(options: dict[str, Any], prompt_length: int) -> SlotRequest:
-    """What `request_options` put under EXTRA_ARG, as the state machine takes it; `prompt_length` is vLLM's own count."""
-    fields = {k: v for k, v in options.items() if k != "record_id"}
+def slot_request(options: dict[str, Any], prompt_length: int, rms_embedding: float) -> SlotRequest:
+    """What `request_options`, or rollout.serving for a client, put under EXTRA_ARG, as the state machine takes it.
+
+    `prompt_length` is vLLM's own count. A client gives gamma where the actor gives sigma = gamma RMS(E) (paper, section 4.1).
+    """
+    fields = {k: v for k, v in options.items() if k not in ("record_id", "gamma")}
+    if "gamma" in options:
+        fields["sigma"] = options["gamma"] * rms_embedding
     return SlotRequest(prompt_length=prompt_length, **{**fields, "mode": Mode(fields["mode"])})
 
 

@@ -8,11 +8,11 @@ import vllm
 from transformers import AutoTokenizer
 
 from configs.errors import InputError
-from kernels.soft_embedding import rms
 from rollout.adapters import attach, require_compatible
 from rollout.soft_decoding import SoftDecoder
 from rollout.step_profile import StepProfile
-from rollout.token_tables import build_token_tables
+from rollout.token_tables import build_token_tables, silent_id
+from rollout.vocab_rows import VocabRows, vocab_rows
 from rollout.wire import AttachSpec, pack_records
 
 
@@ -20,6 +20,7 @@ class SoftWorkerExtension:
     """Methods that the engine actor calls on each worker. Nothing soft happens before `softrl_attach`."""
 
     model_runner: Any
+    rank: int  # of this worker in its engine
     softrl_step_profile: StepProfile
 
     def softrl_attach(self, spec_json: str) -> str:
@@ -29,46 +30,20 @@ class SoftWorkerExtension:
         type of an exception.
         """
         try:
-            return json.dumps(self._attach(AttachSpec.from_json(spec_json)))
+            return json.dumps(attach_decoder(self.model_runner, AttachSpec.from_json(spec_json)))
         except InputError as error:
             return json.dumps({"error": str(error)})
 
-    def _attach(self, spec: AttachSpec) -> dict[str, Any]:
-        require_compatible(self.model_runner.vllm_config)
-        model = self.model_runner.get_model()
-        embedding, head = input_embedding(model), output_head(model)
-        vocab_size = self.model_runner.model_config.get_vocab_size()
-        tables = build_token_tables(AutoTokenizer.from_pretrained(spec.tokenizer), vocab_size, spec.stop_phrase, spec.eos_ids)
-        decoder = SoftDecoder(
-            slots=2 * spec.max_num_seqs,  # preempted requests keep their slot while others run
-            max_cot_tokens=spec.max_cot_tokens,
-            max_answer_tokens=spec.max_answer_tokens,
-            tables=tables,
-            prefills=spec.prefills,
-            stop_id=spec.stop_id,
-            embedding=embedding,
-            head=head,
-        )
-        return {
-            "adapter": attach(self.model_runner, decoder),
-            "runner": type(self.model_runner).__name__,
-            "vllm": vllm.__version__,
-            "dtype": str(embedding.dtype).removeprefix("torch."),
-            "tied": embedding.data_ptr() == head.data_ptr(),
-            "vocab_size": vocab_size,
-            "rms_embedding": rms(embedding[:vocab_size]),
-            "threads": torch.get_num_threads(),
-        }
-
     def softrl_take(self, record_ids: list[str]) -> bytes:
-        """Finished records as one safetensors blob (rollout.wire); each is handed out once."""
-        return pack_records(self.model_runner.softrl.take(record_ids))
+        """Finished records as one safetensors blob (rollout.wire); each is handed out once, by rank 0, and forgotten by all."""
+        records = self.model_runner.softrl.take(record_ids)
+        return pack_records(records) if self.rank == 0 else b""
 
     def softrl_refresh(self) -> None:
         """Look the weights up again after a push, which may have moved them; inputs that wait are made of the new ones."""
         model, requests = self.model_runner.get_model(), self.model_runner.softrl
         decoder = requests.decoder
-        decoder.embedding, decoder.head = input_embedding(model), output_head(model)
+        decoder.use_weights(input_embedding(model), output_head(model))
         for slot in requests.slots.values():
             if decoder.overlaid[slot]:
                 newest = int(decoder.cot_length[slot]) - 1
@@ -88,19 +63,52 @@ class SoftWorkerExtension:
         return json.dumps({"slots_used": slots_used, "records_untaken": len(requests.finished)})
 
 
-def input_embedding(model: Any) -> torch.Tensor:
+def attach_decoder(runner: Any, spec: AttachSpec) -> dict[str, Any]:
+    """Turn a worker's live model runner into a soft-decoding one; returns a report of what is now running.
+
+    Raises InputError for a model, tokenizer, runner or option of vLLM that it cannot decode with.
+    """
+    require_compatible(runner.vllm_config)
+    model = runner.get_model()
+    embedding, head = input_embedding(model), output_head(model)
+    vocab_size = runner.model_config.get_vocab_size()
+    tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer)
+    decoder = SoftDecoder(
+        slots=2 * spec.max_num_seqs,  # preempted requests keep their slot while others run
+        max_cot_tokens=spec.max_cot_tokens,
+        max_answer_tokens=spec.max_answer_tokens,
+        tables=build_token_tables(tokenizer, vocab_size, spec.stop_phrase, spec.eos_ids),
+        prefills=spec.prefills,
+        stop_id=spec.stop_id,
+        embedding=embedding,
+        head=head,
+    )
+    decoder.other_id = silent_id(tokenizer, spec.stop_id)
+    return {
+        "adapter": attach(runner, decoder),
+        "runner": type(runner).__name__,
+        "vllm": vllm.__version__,
+        "dtype": str(embedding.rows.dtype).removeprefix("torch."),
+        "tied": embedding.rows.data_ptr() == head.rows.data_ptr(),
+        "vocab_size": vocab_size,
+        "rms_embedding": runner.softrl.rms_embedding,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def input_embedding(model: Any) -> VocabRows:
     """[V', n0], the rows that the mixture is made of. Raises InputError where the model has none that we can find."""
     for module in (getattr(model, "model", None), getattr(getattr(model, "language_model", None), "model", None), model):
         embed = getattr(module, "embed_tokens", None)
         if embed is not None:
-            return embed.weight.data
+            return vocab_rows(embed)
     raise InputError(f"{type(model).__name__} is not supported: vLLM's class has no input embedding at model.embed_tokens")
 
 
-def output_head(model: Any) -> torch.Tensor:
+def output_head(model: Any) -> VocabRows:
     """[V', d], the rows of the LM head, tied or not. Raises InputError where the model has none that we can find."""
     for module in (model, getattr(model, "language_model", None)):
         head = getattr(module, "lm_head", None)
         if head is not None and getattr(head, "weight", None) is not None:
-            return head.weight.data
+            return vocab_rows(head)
     raise InputError(f"{type(model).__name__} is not supported: vLLM's class has no LM head at lm_head")

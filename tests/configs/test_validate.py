@@ -49,7 +49,6 @@ def test_nothing_is_negative(tmp_path: Path, key: str) -> None:
         (["engine.count=65"], ["engine.count = 65", "at most 64"]),
         (["push.backend=ipc"], ["push.backend = ipc", "auto, shm or nccl"]),
         (["engine.max_num_batched_tokens=8"], ["engine.max_num_batched_tokens = 8", "at least engine.max_num_seqs = 256"]),
-        (["engine.tensor_parallel=2"], ["engine.tensor_parallel = 2", "not built yet"]),
         (["eval.settings=[hard_gredy]"], ["eval.settings", "found hard_gredy", "did you mean hard_greedy?"]),
         (["eval.settings=[]"], ["eval.settings = []", "at least one name"]),
         (["eval.settings=[hard_greedy, hard_greedy]"], ["none twice"]),

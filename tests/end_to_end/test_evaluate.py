@@ -12,7 +12,7 @@ import yaml
 
 from cluster.evaluation_records import read_plan, read_records
 from configs.schema import EVAL_SETTINGS
-from tests.end_to_end.commands import DEADLINE_S, ROOT, SOFTRL, hear_ctrl_c, softrl
+from tests.end_to_end.commands import DEADLINE_S, ROOT, SOFTRL, events, hear_ctrl_c, softrl
 
 pytestmark = [pytest.mark.slow, pytest.mark.study, pytest.mark.timeout(1500)]
 
@@ -68,6 +68,8 @@ def test_a_matrix_trains_evaluates_and_reports(runs: Path) -> None:
             assert [row["items"] for row in json.loads((runs / name / "eval" / f"out_of_domain_{step:06d}.json").read_text())] == [
                 3
             ]
+    engines = [event["engines"] for name in ("hard_seed0", "soft_seed0") for event in events(runs / name, "started")]
+    assert engines[0] == engines[1] and engines[0][0]["pid"] > 0  # the second run found the first one's engine
     tables = json.loads((runs / "report" / "report.json").read_text())["tables"]
     assert {"accuracy", "settings", "pass_at_k", "out_of_domain", "mixtures", "mixture_by_index", "training"} <= tables.keys()
     trained = {row["trained"] for row in tables["settings"]["rows"]}
@@ -77,7 +79,7 @@ def test_a_matrix_trains_evaluates_and_reports(runs: Path) -> None:
 
 def test_a_finished_matrix_starts_nothing(folder: Path, runs: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.jsonl")}
-    assert "softrl train" not in (said := softrl(folder, ["matrix", "study.yaml"]).stdout) and "softrl eval" not in said
+    assert "run 1 of" not in (said := softrl(folder, ["matrix", "study.yaml"]).stdout) and "2 runs in 2 groups" in said
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.jsonl")} == before
 
 
@@ -111,13 +113,37 @@ def test_an_interrupted_evaluation_goes_on(folder: Path, runs: Path) -> None:
     assert not list(run.glob(".weights_*"))
 
 
+def test_a_checkpoint_is_evaluated_while_its_run_goes_on(folder: Path, runs: Path) -> None:
+    fixed = yaml.safe_load((folder / "study.yaml").read_text())["set"]
+    long = fixed | {"run.name": "long", "run.steps": 5000, "checkpoint.every": 10, "checkpoint.keep": 9}
+    overrides = [f"{key}={value}" for key, value in long.items() if key != "eval.settings"]
+    run = folder / "runs" / "long"
+    process = subprocess.Popen(
+        [SOFTRL, "train", "configs/demo.yaml", *overrides],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=hear_ctrl_c,
+    )
+    deadline = time.monotonic() + DEADLINE_S
+    while not (checkpoint := run / "checkpoints" / "step_000010").exists():
+        assert process.poll() is None and time.monotonic() < deadline, "it ended, or hung, before its first checkpoint"
+        time.sleep(0.1)
+    steps = len((run / "metrics.jsonl").read_text().splitlines())
+    softrl(folder, ["eval", str(run / "config.yaml"), "--checkpoint", str(checkpoint), "--problems", "2"])
+    assert process.poll() is None and len((run / "metrics.jsonl").read_text().splitlines()) > steps + 1
+    assert json.loads((run / "eval" / "test_000010.json").read_text())[0]["problems"] == 2
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate(timeout=120)
+
+
 def test_a_transcript_is_shown(folder: Path, runs: Path) -> None:
     run = str(runs / "soft_seed0")
     shown = softrl(folder, ["show", run, "--problem", "1", "--setting", "soft_sample"]).stdout
     assert "soft_sample: problem 1 of test_000002_arithmetic_test" in shown and "top of the mixture" in shown
     softrl(folder, ["show", run, "--problem", "1", "--html", "page.html"])
     page = (folder / "page.html").read_text()
-    assert page.count("<section>") == len(EVAL_SETTINGS) and "entropy" in page and "://" not in page
+    assert page.count("<section ") == len(EVAL_SETTINGS) and "entropy" in page and "://" not in page
     assert "was not kept" in softrl(folder, ["show", run, "--problem", "11"], expect=2).stderr
 
 

@@ -1,45 +1,13 @@
-"""What the kernel tests share.
-
-Triton's kernels run on a GPU where there is one. Elsewhere Triton's interpreter runs them on CPU tensors, which Triton must know
-before its first import: so each file test_triton_*.py becomes one test that runs the file in a process of its own. To choose
-tests within such a file: `TRITON_INTERPRET=1 pytest tests/kernels/test_triton_noise.py -k philox`.
-"""
-
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+"""What the kernel tests share."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-INTERPRETED = "TRITON_INTERPRET"
-HAS_GPU = torch.cuda.is_available()
+from tests.interpreted import device, pytest_pycollect_makemodule
 
-
-class InterpretedFile(pytest.File):
-    """A test file as one test."""
-
-    def collect(self) -> Iterator[pytest.Item]:
-        yield InterpretedItem.from_parent(self, name="in_the_interpreter")
-
-
-class InterpretedItem(pytest.Item):
-    def runtest(self) -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(self.path)]
-        env = os.environ | {INTERPRETED: "1"}
-        done = subprocess.run(command, env=env, cwd=self.config.rootpath, capture_output=True, text=True)
-        if done.returncode:
-            pytest.fail(done.stdout + done.stderr, pytrace=False)
-
-
-def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.File | None:
-    if module_path.name.startswith("test_triton_") and not HAS_GPU and os.environ.get(INTERPRETED) != "1":
-        return InterpretedFile.from_parent(parent, path=module_path)
-    return None
+__all__ = ["LargestTensor", "device", "largest_tensor", "pytest_pycollect_makemodule", "seeded"]
 
 
 class LargestTensor(TorchDispatchMode):
@@ -58,12 +26,6 @@ class LargestTensor(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def device() -> torch.device:
-    """Where Triton's kernels run."""
-    return torch.device("cuda" if HAS_GPU else "cpu")
 
 
 @pytest.fixture

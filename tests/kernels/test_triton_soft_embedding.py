@@ -1,6 +1,7 @@
 """Triton's soft embeddings: the sum in id order, the noise of the spec, one rounding, and the same bits from engine and record."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from kernels import noise, soft_embedding
 from kernels.triton_select import allocate, select, select_support, support_batch
-from kernels.triton_soft_embedding import UNROLL, mix, rebuild, soft_embeddings
+from kernels.triton_soft_embedding import UNROLL, mix, partial_means, rebuild, soft_embeddings
 
 TAUS = torch.tensor([1e-4, 1e-2, 0.5, 1.0, 2.0])
 BF16, HALF, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -100,6 +101,33 @@ def test_engine_and_record_give_the_same_bits_even_for_rows_that_overflow(capaci
     assert ((fed[:5].cpu().float() - expected.float()).abs() <= ulp + 2e-6).all()
 
 
+@pytest.mark.parametrize("capacity", [1, 100])
+@pytest.mark.parametrize("bounds", [[0, 100], [0, 37, 100], [0, 1, 1, 99, 100]])
+def test_the_parts_of_all_ranks_add_up_to_the_means(bounds, capacity, device):
+    """One rank has the very bits; more add the same terms in another order. A rank may hold nothing, and padding after its last."""
+    logits, tau = (torch.randn(5, 100) * 2).to(device), TAUS.to(device)
+    logits[1, 36:38] = 20.0
+    embedding = torch.randn(100, 70, device=device).bfloat16()
+    support = allocate(5, 100, capacity, device)
+    select(support, logits, tau)
+    record = support_batch(support, logits, tau)
+    means = mix(record.ids, record.probs, record.offsets, embedding, BF16)
+    parts = []
+    for begin, end in pairwise(bounds):
+        rows, out = embedding[begin:end], torch.full((6, 70), 9.0, device=device)
+        if end == 100:  # vLLM pads the last
+            rows = torch.cat((rows, torch.full((3, 70), torch.nan, dtype=BF16, device=device)))
+        partial_means(support, logits, tau, rows, begin, out)
+        assert (out[5] == 9.0).all()
+        parts.append(out[:5])
+    total = torch.stack(parts).sum(0)
+    assert torch.equal(total, means) if len(parts) == 1 else (total - means).abs().max() < 1e-6
+    for (begin, end), part in zip(pairwise(bounds), parts, strict=True):
+        held = (record.ids >= begin) & (record.ids < end)
+        alone = mix(record.ids, record.probs * held, record.offsets, embedding, BF16)
+        assert torch.equal(part + 0.0, alone + 0.0)
+
+
 def test_a_row_without_a_support_is_noise_alone(device):
     logits, tau = torch.full((2, 70), -torch.inf, device=device), torch.tensor([1.0, 0.0], device=device)
     logits[1] = torch.randn(70)  # skipped: tau is 0
@@ -170,6 +198,8 @@ def test_wrong_buffers_are_named_before_the_launch(device, monkeypatch):
     fails(r"out: shape \[2, 6\] with strides \[12, 2\]", out=torch.empty(2, 12, device=device)[:, ::2])
     fails(r"dtype: torch.float64", out=torch.empty(2, 6, device=device, dtype=torch.float64))
     fails(r"out: on meta, expected", out=torch.empty(2, 6, device="meta"))
+    with pytest.raises(ValueError, match=r"out: dtype torch.bfloat16, expected torch.float32"):
+        partial_means(support, logits, tau, embedding[:3], 4, torch.empty(2, 6, dtype=BF16, device=device))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

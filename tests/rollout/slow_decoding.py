@@ -16,6 +16,7 @@ from kernels.noise import STREAM_ANSWER, STREAM_COT, normal_rows, uniform_rows
 from rollout import soft_decoding as machine
 from rollout.soft_decoding import SlotRequest, SoftDecoder
 from rollout.token_tables import TokenTables, brace_tables, pad_pieces, phrase_table
+from rollout.vocab_rows import VocabRows
 
 PHRASE = b"so: "
 PIECES = [
@@ -47,20 +48,20 @@ def toy_tables() -> TokenTables:
 
 class Toy:
     """An embedding and an untied head in the engine's dtype. The head's and the hidden states' numbers are multiples of 1/8, so
-    their dot products are exact in float32, and rounding, where there is any, is bfloat16's."""
+    their dot products are exact in float32, and rounding, where there is any, is bfloat16's: none `with_exact_logits`."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, with_exact_logits: bool = False) -> None:
         random = torch.Generator().manual_seed(7)
-        self.dtype = dtype
+        self.dtype, self.logits_dtype = dtype, torch.float32 if with_exact_logits else dtype
         self.head = eighths(torch.randn(PADDED, WIDTH, generator=random)).to(dtype)
         self.embedding = torch.randn(PADDED, EMBEDDING_WIDTH, generator=random).to(dtype)
         self.head[VOCABULARY:] = torch.nan
         self.embedding[VOCABULARY:] = torch.nan
 
-    def decoder(self, slots: int, stop_id: int) -> SoftDecoder:
+    def decoder(self, slots: int, stop_id: int, device: torch.device | None = None) -> SoftDecoder:
         return SoftDecoder(
             slots=slots, max_cot_tokens=MOST_COT, max_answer_tokens=MOST_ANSWER, tables=toy_tables(), prefills=PREFILLS,
-            stop_id=stop_id, embedding=self.embedding, head=self.head,
+            stop_id=stop_id, embedding=VocabRows(self.embedding.to(device)), head=VocabRows(self.head.to(device)),
         )  # fmt: skip
 
     def leaning_to(self, wanted: list[int], seed: int, pull: float = 0.75) -> Tensor:
@@ -69,8 +70,8 @@ class Toy:
         return eighths(pull * self.head[wanted].float() + 0.5 * noise).to(self.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The engine's logits [R, V'], in its dtype."""
-        return hidden @ self.head.T
+        """The engine's logits [R, V']."""
+        return hidden.to(self.logits_dtype) @ self.head.T.to(self.logits_dtype)
 
 
 def eighths(values: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from tests.rollout.slow_decoding import STOP_IDS, Toy
 
 def vllm_config(**fields: Any) -> Any:
     usual: dict[str, Any] = {
-        "model_config": SimpleNamespace(enable_prompt_embeds=True),
+        "model_config": SimpleNamespace(enable_prompt_embeds=True, head_dtype=torch.bfloat16),
+        "device_config": SimpleNamespace(device_type="cpu"),
         "parallel_config": ParallelConfig(),
         "speculative_config": None,
         "lora_config": None,
@@ -23,8 +24,9 @@ def vllm_config(**fields: Any) -> Any:
     return SimpleNamespace(**usual | fields)
 
 
-def test_a_plain_engine_is_taken() -> None:
-    require_compatible(vllm_config())
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_plain_engine_is_taken(ranks: int) -> None:
+    require_compatible(vllm_config(parallel_config=ParallelConfig(tensor_parallel_size=ranks)))
 
 
 @pytest.mark.parametrize(
@@ -33,13 +35,14 @@ def test_a_plain_engine_is_taken() -> None:
         ({"speculative_config": SimpleNamespace(method="ngram")}, "with --speculative-config"),
         ({"lora_config": LoRAConfig()}, "with --enable-lora"),
         ({"parallel_config": ParallelConfig(pipeline_parallel_size=2)}, "with --pipeline-parallel-size"),
-        ({"parallel_config": ParallelConfig(tensor_parallel_size=2)}, "with --tensor-parallel-size"),
+        ({"parallel_config": ParallelConfig(enable_batch_sharded_sampling=True)}, "with --enable-batch-sharded-sampling"),
         ({"parallel_config": SimpleNamespace(**vars(ParallelConfig()) | {"prefill_context_parallel_size": 2})}, "context-parallel"),
         ({"model_config": SimpleNamespace(enable_prompt_embeds=False)}, "without --enable-prompt-embeds"),
+        ({"device_config": SimpleNamespace(device_type="cuda")}, "need all of float32; add --hf-overrides"),
     ],
 )
 def test_what_cannot_be_mixed_with_soft_decoding_is_named(fields: dict[str, Any], names: str) -> None:
-    with pytest.raises(InputError, match=f"vLLM runs .*{names}"):
+    with pytest.raises(InputError, match=f"vLLM r.*{names}"):
         require_compatible(vllm_config(**fields))
 
 

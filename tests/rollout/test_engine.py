@@ -41,7 +41,11 @@ class Runner(GPUModelRunner):
         self.get_model = lambda: model
         self.model_config = SimpleNamespace(get_vocab_size=lambda: VOCABULARY, enable_prompt_embeds=True)
         self.vllm_config = SimpleNamespace(
-            model_config=self.model_config, parallel_config=ParallelConfig(), speculative_config=None, lora_config=None
+            model_config=self.model_config,
+            device_config=SimpleNamespace(device_type="cpu"),
+            parallel_config=ParallelConfig(),
+            speculative_config=None,
+            lora_config=None,
         )
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
@@ -141,7 +145,7 @@ def test_a_request_beyond_what_the_engine_was_started_for_is_refused(
     async def ask() -> None:
         engine = start(config, llama(), monkeypatch)
         await engine.start()
-        assert engine._llm.runner.softrl.decoder.shadow_ids.shape == (2 * 4, 6)
+        assert engine._llm.runner.softrl.decoder.arena.dropped.shape == (2 * 4, 6)
         async for _ in engine.generate([a_request(), a_request(**fields)]):
             pass
 

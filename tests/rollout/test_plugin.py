@@ -8,11 +8,13 @@ import pytest
 import vllm
 from vllm import SamplingParams
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
+from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from rollout.plugin import EXTRA_ARG, SHM_BACKEND, private_thoughts, register
 
@@ -30,6 +32,8 @@ def as_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     registry = {name: engine for name, engine in WeightTransferEngineFactory._registry.items() if name != SHM_BACKEND}
     monkeypatch.setattr(WeightTransferEngineFactory, "_registry", registry)
     monkeypatch.setattr(KVCacheConfig, "needs_kv_cache_zeroing", False)
+    monkeypatch.setattr(EngineArgs, "create_engine_config", inspect.unwrap(EngineArgs.create_engine_config))
+    monkeypatch.setattr(WorkerWrapperBase, "compile_or_warm_up_model", None, raising=False)
     init_none_hash(sha256)
     yield
 
@@ -107,6 +111,7 @@ def test_an_untested_vllm_is_refused_and_left_alone(version: str, monkeypatch: p
     assert SHM_BACKEND not in WeightTransferEngineFactory._registry
     assert not hasattr(kv_cache_utils.generate_block_hash_extra_keys, "__wrapped__")
     assert KVCacheConfig.needs_kv_cache_zeroing is False
+    assert not hasattr(EngineArgs.create_engine_config, "__wrapped__") and WorkerWrapperBase.compile_or_warm_up_model is None
 
 
 def test_a_local_build_of_a_tested_vllm_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,11 +71,12 @@ def decode(toy: Toy, decoder: SoftDecoder, stories: list[Story], random: Random 
         batch = list(running)
         if random:
             batch = random.sample(batch, random.randint(1, len(batch)))
-        slots = torch.tensor([running[story] for story in batch])
+        slots = torch.tensor([running[story] for story in batch], device=decoder.device)
         hidden = torch.stack([stories[story].hidden[len(seen[story].phases)] for story in batch])
         logits = torch.stack([stories[story].logits(toy, len(seen[story].phases)) for story in batch])
         output_index = [known_outputs(seen[story], random) for story in batch]
-        emitted = decoder.advance(slots, torch.tensor(output_index), logits, hidden).tolist()
+        rows = (part.to(decoder.device) for part in (torch.tensor(output_index), logits, hidden))
+        emitted = decoder.advance(slots, *rows).tolist()
         for story, slot, index, token in zip(batch, slots.tolist(), output_index, emitted, strict=True):
             one = seen[story]
             if index < len(one.emitted):
@@ -103,7 +104,7 @@ def known_outputs(seen: Seen, random: Random | None) -> int:
 
 def next_fed(toy: Toy, decoder: SoftDecoder, slot: int, token: int) -> Tensor:
     """The input [n0] of the position after the one that emitted `token`."""
-    return (decoder.next_input[slot] if decoder.overlaid[slot] else toy.embedding[token]).clone()
+    return decoder.next_input[slot].cpu().clone() if decoder.overlaid[slot] else toy.embedding[token]
 
 
 def assert_replays(toy: Toy, decoder: SoftDecoder, slot: int, seen: Seen, random: Random) -> None:
@@ -113,7 +114,7 @@ def assert_replays(toy: Toy, decoder: SoftDecoder, slot: int, seen: Seen, random
     last = random.randint(first + 1, length)
     rows = toy.embedding[seen.emitted[first:last]].clone()
     steps, replayed = decoder.replay(slot, first, last)
-    rows[torch.from_numpy(steps - first)] = replayed
+    rows[torch.from_numpy(steps - first)] = replayed.cpu()
     assert torch.equal(rows, torch.stack(seen.inputs[first:last]))
 
 

@@ -69,7 +69,7 @@ def test_a_slot_gets_the_request_as_it_was_made(mode: Mode, seed: int) -> None:
     )  # fmt: skip
     options = json.loads(json.dumps(request_options(request, "17")))  # plain JSON survives any serialiser
     assert options[EXTRA_ARG]["record_id"] == "17"
-    slot = slot_request(options[EXTRA_ARG], prompt_length=7)
+    slot = slot_request(options[EXTRA_ARG], prompt_length=7, rms_embedding=9.0)
     assert slot.prompt_length == 7
     for field in {f.name for f in fields(slot)} - {"prompt_length"}:
         assert getattr(slot, field) == getattr(request, field), field
