@@ -6,10 +6,7 @@
     then      select + mix of 64 rows          what a step of soft decoding adds to the engine's
     then      each form at 2k, 8k, 32k tokens  in a process of its own -> peak memory above its inputs
 
-`token` is kernels.token_logprob, the ordinary chunked log-probability that every RL learner computes; `support` and `dense` are
-the two forms of kernels.soft_logprob; `torch` is torch's own chunked F.linear_cross_entropy, which spares a product by taking
-the gradient in the forward pass. Shapes are SmolLM2-135M's, inputs random; supports are as large and as alike as those measured
-on GSM8K at tau = 0.5 (1876 steps: 43 tokens on average, 410 at the 99th percentile, 2907 different ones in 256 steps).
+The forms and their inputs are those of cluster/bench_logprobs.py; shapes are SmolLM2-135M's.
 """
 
 import importlib.metadata
@@ -18,7 +15,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,38 +22,19 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from cluster.bench_logprobs import TAU, Inputs, make_inputs, make_logits, run
 from cluster.live import make_table
 from configs.errors import RunError
 from kernels.soft_embedding import mix, select_support
-from kernels.soft_logprob import soft_logprob, soft_logprob_dense
-from kernels.token_logprob import token_logprob
 
 BARS = {"support_over_token": 1.2, "dense_over_token": 1.8, "rows_per_token": 16.0}  # the most that each may be
 VOCABULARY, WIDTH = 49152, 576  # SmolLM2-135M, whose head is its embedding
-TAU, SIGMA = 0.5, 0.0447  # sigma = 0.33 RMS of its embedding
-SUPPORT_LOG_MEAN, SUPPORT_LOG_STD, SUPPORT_MAX = 2.81, 1.38, 741  # of the support sizes: mean 43, 99th percentile 410
-COMMON_IDS, COMMON_POWER = 4000, 4  # ids are number COMMON_IDS u^COMMON_POWER, u uniform, of so many spread over the vocabulary
 MIXTURE_ROWS, MIXTURE_REPEATS = 64, 20
 MEMORY_TOKENS = (2048, 8192, 32768)
 MEMORY_FORMS = ("token", "support", "dense")
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What T soft steps, or as many answer tokens, bring to a log-probability."""
-
-    hidden: Tensor  # float32 [T, d] wants a gradient
-    weight: Tensor  # float32 [V, d] head and embedding; wants a gradient
-    noisy: Tensor  # float32 [T, d]
-    ids: Tensor  # int32 [N]
-    offsets: Tensor  # int64 [T + 1]
-    tau: Tensor  # float32 [T]
-    sigma: Tensor  # float32 [T]
-    targets: Tensor  # int64 [T]
 
 
 def bench_kernels(
@@ -74,7 +51,7 @@ def bench_kernels(
         **{f"{form}_over_token": _ratio(seconds, form) for form in ("support", "dense", "torch")},
         "seconds": {form: median(values) for form, values in seconds.items()},
         "rounds": seconds,
-        "mixture": _mixture(inputs.weight.detach()),
+        "mixture": _mixture(inputs.head.detach()),
         "memory": {form: _growth(peaks) for form, peaks in memory.items()},
         "bars": BARS,
         "device": f"{processor()}, {torch.get_num_threads()} threads",
@@ -125,60 +102,7 @@ def print_kernels(figures: dict[str, Any], console: Console | None = None) -> No
     )
 
 
-# Inputs
-
-
-def make_inputs(tokens: int, vocabulary: int, width: int, seed: int = 0) -> Inputs:
-    """Random inputs with logits like a language model's: most within some 2 of 0, a few near 20."""
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(vocabulary, width, generator=g) * (SIGMA / 0.33)
-    targets = torch.randint(0, vocabulary, (tokens,), generator=g)
-    hidden = 1.7 * weight[targets] + 0.64 * torch.randn(tokens, width, generator=g)
-    noisy = weight[targets] + SIGMA * torch.randn(tokens, width, generator=g)
-    ids, offsets = make_supports(tokens, vocabulary, g)
-    return Inputs(
-        hidden=hidden.requires_grad_(),
-        weight=weight.requires_grad_(),
-        noisy=noisy,
-        ids=ids,
-        offsets=offsets,
-        tau=torch.full((tokens,), TAU),
-        sigma=torch.full((tokens,), SIGMA),
-        targets=targets,
-    )
-
-
-def make_supports(rows: int, vocabulary: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(ids int32 [N] ascending within a row, offsets int64 [R + 1]) of supports with measured sizes and overlap."""
-    common = min(COMMON_IDS, vocabulary)
-    sizes = torch.empty(rows).log_normal_(SUPPORT_LOG_MEAN, SUPPORT_LOG_STD, generator=generator)
-    supports = []
-    for size in sizes.round().clamp(1, min(SUPPORT_MAX, common)).int().tolist():
-        chosen = torch.empty(0, dtype=torch.int64)
-        while len(chosen) < size:  # an id that comes twice counts once
-            drawn = (torch.rand(size - len(chosen), generator=generator).pow(COMMON_POWER) * common).long()
-            chosen = torch.cat((chosen, drawn)).unique()
-        supports.append((chosen * (vocabulary // common)).int())
-    counts = torch.tensor([len(support) for support in supports])
-    return torch.cat(supports), F.pad(counts.cumsum(0), (1, 0))
-
-
 # Time
-
-
-def run(form: str, inputs: Inputs) -> None:
-    """Forward and backward of one form; the gradients are dropped."""
-    i = inputs
-    if form == "token":
-        logprob = token_logprob(i.hidden, i.weight, i.targets)[0].sum()
-    elif form == "support":
-        logprob = soft_logprob(i.hidden, i.weight, i.weight, i.noisy, i.ids, i.offsets, i.tau, i.sigma)[0].sum()
-    elif form == "dense":
-        logprob = soft_logprob_dense(i.hidden, i.weight, i.weight, i.noisy, i.tau, i.sigma)[0].sum()
-    else:
-        options = torch.nn.LinearCrossEntropyOptions()
-        logprob = -F.linear_cross_entropy(i.hidden, i.weight, i.targets, reduction="sum", options=options)
-    torch.autograd.grad(logprob, (i.hidden, i.weight))
 
 
 def _alternate(inputs: Inputs, rounds: int) -> dict[str, list[float]]:
@@ -199,13 +123,7 @@ def _ratio(seconds: dict[str, list[float]], form: str) -> float:
 
 def _mixture(weight: Tensor) -> dict[str, Any]:
     """Milliseconds to select the supports of MIXTURE_ROWS rows of float32 logits and to mix the embeddings."""
-    g = torch.Generator().manual_seed(1)
-    vocabulary = len(weight)
-    ids, offsets = make_supports(MIXTURE_ROWS, vocabulary, g)
-    rows = torch.repeat_interleave(offsets.diff())
-    logits = torch.randn(MIXTURE_ROWS, vocabulary, generator=g) * 2.2
-    # The tokens of a support have probabilities from 1 to 1e-6 in equal parts of their logarithm.
-    logits[rows, ids.long()] = 20.0 + TAU * torch.rand(len(ids), generator=g) * torch.tensor(1e-6).log()
+    logits = make_logits(MIXTURE_ROWS, len(weight), torch.Generator().manual_seed(1))
     tau = torch.full((MIXTURE_ROWS,), TAU)
     support = select_support(logits, tau)
     select, both = [], []

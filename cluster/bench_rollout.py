@@ -10,7 +10,6 @@ hard is the median of the rounds' ratios: the two stand side by side in time, so
 
 import importlib.metadata
 import json
-import platform
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import ray
 import ray.exceptions
 from rich.console import Console
 
+from cluster.bench_kernels import processor
 from cluster.live import make_table
 from cluster.placement import QUIET, SHARED_CORES, cores, placed, ray_session
 from cluster.plain_loop import PlainLoopSpeed, time_plain_loop
@@ -246,13 +246,7 @@ def _tau(config: Config, mode: Mode) -> float:
 def _device(plain: PlainLoopSpeed) -> str:
     if plain.device != "cpu":
         return plain.device
-    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {plain.threads} threads"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    return f"{processor()}, {plain.threads} threads"
 
 
 def _versions(report: dict[str, Any]) -> dict[str, str]:

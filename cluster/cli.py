@@ -73,7 +73,8 @@ def evaluate(
         str | None, typer.Option(help="all, or names such as hard_greedy,soft_sample; unset: eval.settings")
     ] = None,
     datasets: Annotated[
-        str | None, typer.Option(help="tasks, and ood or hellaswag, mmlu, arc_easy, arc_challenge (=FILE); unset: task.test")
+        str | None,
+        typer.Option(help="tasks, ood, hellaswag, mmlu, arc_easy, arc_challenge (=FILE); choices=FILE; else task.test"),
     ] = None,
     problems: Annotated[int | None, typer.Option(min=1, help="of each data set, the first ones; unset: all")] = None,
     out: Annotated[
@@ -81,6 +82,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate: pass@k under the six inference settings, and multiple choice. The same command goes on after Ctrl-C."""
+    from cluster.eval_sets import load_datasets
     from cluster.evaluate import run_evaluation
     from configs.load import load_config
     from configs.schema import EVAL_SETTINGS
@@ -88,7 +90,8 @@ def evaluate(
     names = ", ".join(EVAL_SETTINGS) if settings == "all" else settings
     chosen = [] if names is None else [f"eval.settings=[{names}]"]
     resolved = load_config(config, [*(overrides or []), *chosen])
-    run_evaluation(resolved, checkpoint, None if datasets is None else datasets.split(","), problems, out)
+    sets = load_datasets(resolved, None if datasets is None else datasets.split(","), problems)
+    run_evaluation(resolved, checkpoint, sets, out)
 
 
 @app.command()
@@ -141,6 +144,20 @@ def matrix(
     run_matrix(path, dry_run, resume)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="as model.path: smollm2-135m, a Hugging Face id, or a checkpoint's folder")],
+    max_cot_tokens: Annotated[int | None, typer.Option(min=1, help="L of a request at most; unset: 512")] = None,
+    max_answer_tokens: Annotated[int | None, typer.Option(min=1, help="of a request at most; unset: 32")] = None,
+) -> None:
+    """Serve a model in soft, fuzzy and hard tokens through vLLM's OpenAI API. Options of `vllm serve` may follow."""
+    from cluster.serve import serve as become_server
+
+    limits = {"max_cot_tokens": max_cot_tokens, "max_answer_tokens": max_answer_tokens}
+    become_server(model, {name: limit for name, limit in limits.items() if limit is not None}, context.args)
+
+
 @app.command()
 def doctor(model: Annotated[str, typer.Option(help="the model you mean to train")] = "smollm2-135m") -> None:
     """Check this machine's installation, and say what to do about what is wrong."""
@@ -181,10 +198,29 @@ def bench_kernels(json: Annotated[Path | None, typer.Option(help="write the figu
         write_bench(json, figures)
 
 
+@bench.command("learner")
+def bench_learner(
+    config: Annotated[Path, typer.Option(help="recipe that names the model and the batch")] = Path("configs/demo.yaml"),
+    overrides: Overrides = None,
+    json: Annotated[Path | None, typer.Option(help="write the figures here")] = None,
+) -> None:
+    """Tokens per second, peak memory and parts of one optimiser step, with soft tokens and with hard ones."""
+    from cluster.bench_learner import bench_learner as run_bench
+    from cluster.bench_learner import print_learner
+    from cluster.bench_rollout import write_bench
+    from configs.load import load_config
+
+    figures = run_bench(load_config(config, overrides or []))
+    print_learner(figures)
+    if json is not None:
+        write_bench(json, figures)
+
+
 def main() -> None:
     """Entry point: every expected failure ends in one line on stderr and its exit code."""
     console = Console(stderr=True, soft_wrap=True)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM reads it when a command first imports it
+    if sys.argv[1:2] != ["serve"]:  # a server's log is its only sign of life
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM reads it when a command first imports it
     try:
         app()
     except (InputError, RunError) as error:

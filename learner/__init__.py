@@ -8,6 +8,7 @@
       v
     PackedBatch
       |  policy.py      embed tokens, overlay the rebuilt h~, decoder layers, hidden rows          (FSDP2, one forward)
+      |  attention.py   a prompt's keys are computed once and seen by all its samples
       |  losses.py      log pi of CoT steps and answer tokens -> weighted loss, residual, mismatch
       v
     Terms -- backward --> gradients, summed over micro-batches, groups and ranks
@@ -15,6 +16,7 @@
       v
     weights + 1 --> full_tensors() for the push, checkpoint.py (DCP) for --resume, export.py for everyone else
 
-learner.py strings these together for one rank. A group is learned from as soon as it arrives, while others still decode; only
-`finish_step` waits for the whole batch, so the update is exactly on-policy.
+learner.py strings these together for one rank; memory.py measures how large micro-batches may be where the config leaves it open.
+A group is learned from as soon as it arrives, while others still decode; only `finish_step` waits for the whole batch, so the
+update is exactly on-policy.
 """

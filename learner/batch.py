@@ -23,6 +23,7 @@ from torch import Tensor
 
 from configs.errors import InputError
 from configs.schema import Mode
+from learner.attention import Segments, segments
 from rollout.trajectory import Trajectory
 
 Weighted = tuple[Trajectory, float]  # a trajectory and its weight in the loss, advantage / (B G)
@@ -64,8 +65,7 @@ class PackedBatch:
 
     input_ids: Tensor  # int64 [R]; the shadow id stands in at soft rows, which the policy overlays
     position: Tensor  # int64 [R]
-    block: Tensor  # int64 [R] which prompt of the micro-batch
-    owner: Tensor  # int64 [R] which sample, -1 for prompt rows
+    segments: Segments  # who sees whom
     soft: SoftSteps
     hard: TokenSteps
     answer: TokenSteps
@@ -81,22 +81,15 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch with all tensors, those of its steps too, on `device`; copies to a GPU may still be under way."""
-        steps = {name: _to(getattr(self, name), device) for name in ("soft", "hard", "answer")}
-        return replace(_to(self, device), **steps)
-
-    def attention_mask(self) -> Tensor:
-        """bool [1, 1, R, R], True where the query row (third axis) sees the key row (fourth)."""
-        row = torch.arange(self.rows, device=self.input_ids.device)
-        same_block = self.block[:, None] == self.block[None, :]
-        visible = (self.owner[None, :] == -1) | (self.owner[:, None] == self.owner[None, :])
-        return (same_block & visible & (row[None, :] <= row[:, None]))[None, None]
+        parts = {name: _to(getattr(self, name), device) for name in ("soft", "hard", "answer", "segments")}
+        return replace(_to(self, device), **parts)
 
 
 def pack(weighted: Sequence[Weighted], micro_batch_tokens: int, ranks: int = 1) -> list[PackedBatch]:
     """Packs trajectories into the fewest micro-batches of at most `micro_batch_tokens` rows, balanced, in multiples of `ranks`.
 
-    A single sample that is longer than `micro_batch_tokens` gets a micro-batch of its own. Samples are dealt longest first to
-    the emptiest micro-batch, so that ranks finish together. Raises InputError for a trajectory that cannot be trained on.
+    A single sample that is longer than `micro_batch_tokens` gets a micro-batch of its own. Raises InputError for a trajectory that
+    cannot be trained on.
     """
     for trajectory, _ in weighted:
         _require_trainable(trajectory)
@@ -142,26 +135,50 @@ def _rows(trajectory: Trajectory) -> int:
 
 
 def _deal(trajectories: Sequence[Trajectory], limit: int, ranks: int) -> list[list[int]]:
-    """Indices of the trajectories of each micro-batch; longest sample first, each to where the load is then smallest."""
-    prompts = [trajectory.prompt_ids.tobytes() for trajectory in trajectories]
-    prompt_rows = {key: len(trajectory.prompt_ids) for key, trajectory in zip(prompts, trajectories, strict=True)}
-    least = packed_rows([(trajectory, 0.0) for trajectory in trajectories])
+    """Indices of the trajectories of each micro-batch: of a few plans, the one that is done first.
+
+    The samples of a prompt stay together, or are cut into 2, 4, 8, ... pieces: a cut costs the prompt's rows once more, but fits
+    micro-batches better and lets every rank have a share. Ranks run in step: a round of micro-batches takes as long as its largest.
+    """
+    by_prompt: dict[bytes, list[int]] = {}
+    for i in sorted(range(len(trajectories)), key=lambda i: -_rows(trajectories[i])):
+        by_prompt.setdefault(trajectories[i].prompt_ids.tobytes(), []).append(i)
+    most = max(len(members) for members in by_prompt.values())
+    plans = []
+    for parts in [2**k for k in range((most - 1).bit_length() + 1)]:
+        pieces = [members[part::parts] for members in by_prompt.values() for part in range(min(parts, len(members)))]
+        if plan := _spread(pieces, trajectories, limit, ranks):
+            plans.append(plan)
+    best = min(plans, key=lambda plan: sum(sorted((rows for rows, _ in plan), reverse=True)[::ranks]))
+    return [sorted(members) for _, members in best]
+
+
+def _spread(
+    pieces: list[list[int]], trajectories: Sequence[Trajectory], limit: int, ranks: int
+) -> list[tuple[int, list[int]]] | None:
+    """(rows, indices) of each micro-batch: the longest piece first, each to where the load is then smallest.
+
+    As few as hold them, in multiples of `ranks`. None when a piece of several samples does not fit any.
+    """
+    own = [sum(_rows(trajectories[i]) for i in piece) for piece in pieces]
+    prompts = [trajectories[piece[0]].prompt_ids for piece in pieces]
+    if any(len(piece) > 1 and len(prompt) + rows > limit for piece, prompt, rows in zip(pieces, prompts, own, strict=True)):
+        return None
+    least = sum({prompt.tobytes(): len(prompt) for prompt in prompts}.values()) + sum(own)
     count = -(-max(1, -(-least // limit)) // ranks) * ranks
-    longest_first = sorted(range(len(trajectories)), key=lambda i: -_rows(trajectories[i]))
     while True:
         members: list[list[int]] = [[] for _ in range(count)]
         load = [0] * count
         present: list[set[bytes]] = [set() for _ in range(count)]
-        for i in longest_first:
-            own, key = _rows(trajectories[i]), prompts[i]
-            cost = [load[b] + own + (0 if key in present[b] else prompt_rows[key]) for b in range(count)]
+        for p in sorted(range(len(pieces)), key=lambda p: -own[p]):
+            key = prompts[p].tobytes()
+            cost = [load[b] + own[p] + (0 if key in present[b] else len(prompts[p])) for b in range(count)]
             best = int(np.argmin(cost))
-            members[best].append(i)
+            members[best] += pieces[p]
             present[best].add(key)
             load[best] = cost[best]
-        fits = all(rows <= limit or len(inside) == 1 for rows, inside in zip(load, members, strict=True))
-        if fits or count >= len(trajectories):
-            return [sorted(inside) for inside in members if inside]
+        if count >= len(pieces) or all(rows <= limit or len(inside) == 1 for rows, inside in zip(load, members, strict=True)):
+            return [(rows, inside) for rows, inside in zip(load, members, strict=True) if inside]
         count += ranks
 
 
@@ -170,24 +187,29 @@ def _build(members: Sequence[Weighted]) -> PackedBatch:
     for i, (trajectory, _) in enumerate(members):
         by_prompt.setdefault(trajectory.prompt_ids.tobytes(), []).append(i)
     rows: list[dict[str, NDArray[Any]]] = []
+    prompts: list[range] = []  # their rows
+    samples: list[tuple[range, int]] = []  # their rows and the prompt they follow
     soft: list[dict[str, NDArray[Any]]] = []
     hard: list[dict[str, NDArray[Any]]] = []
     answer: list[dict[str, NDArray[Any]]] = []
     end = 0  # rows so far
-    for block, inside in enumerate(by_prompt.values()):
+    for index, inside in enumerate(by_prompt.values()):
         prompt = members[inside[0]][0].prompt_ids
         prompt_last = end + len(prompt) - 1
-        rows.append(_row_columns(prompt, first_position=0, block=block, owner=-1))
+        rows.append(_row_columns(prompt, first_position=0))
+        prompts.append(range(end, end + len(prompt)))
         end += len(prompt)
         for i in inside:
             trajectory, weight = members[i]
             generated = np.concatenate([trajectory.shadow_ids, trajectory.prefill_ids, trajectory.answer_ids])
-            rows.append(_row_columns(generated[: _rows(trajectory)], first_position=len(prompt), block=block, owner=i))
+            rows.append(_row_columns(generated[: _rows(trajectory)], first_position=len(prompt)))
+            samples.append((range(end, end + _rows(trajectory)), index))
             (hard if trajectory.mode is Mode.hard else soft).append(_cot_columns(trajectory, weight, i, prompt_last, end))
             answer.append(_answer_columns(trajectory, weight, i, prompt_last, end))
             end += _rows(trajectory)
     return PackedBatch(
         **_joined(rows, _ROW_DTYPES),
+        segments=segments(prompts, samples),
         soft=_soft_steps(soft, [members[i][0] for inside in by_prompt.values() for i in inside]),
         hard=TokenSteps(**_joined(hard, _TOKEN_DTYPES)),
         answer=TokenSteps(**_joined(answer, _TOKEN_DTYPES)),
@@ -197,7 +219,7 @@ def _build(members: Sequence[Weighted]) -> PackedBatch:
     )
 
 
-_ROW_DTYPES: dict[str, type] = dict.fromkeys(("input_ids", "position", "block", "owner"), np.int64)
+_ROW_DTYPES: dict[str, type] = dict.fromkeys(("input_ids", "position"), np.int64)
 _STEP_DTYPES: dict[str, type] = {"hidden_row": np.int64, "tau": np.float32, "weight": np.float32, "sample": np.int64}
 _TOKEN_DTYPES: dict[str, type] = _STEP_DTYPES | {"target": np.int64, "engine_logprob": np.float32}
 _SOFT_DTYPES: dict[str, type] = _STEP_DTYPES | {
@@ -208,14 +230,8 @@ _SOFT_DTYPES: dict[str, type] = _STEP_DTYPES | {
 }
 
 
-def _row_columns(ids: NDArray[np.int32], first_position: int, block: int, owner: int) -> dict[str, NDArray[Any]]:
-    n = len(ids)
-    return {
-        "input_ids": ids,
-        "position": np.arange(first_position, first_position + n),
-        "block": np.full(n, block),
-        "owner": np.full(n, owner),
-    }
+def _row_columns(ids: NDArray[np.int32], first_position: int) -> dict[str, NDArray[Any]]:
+    return {"input_ids": ids, "position": np.arange(first_position, first_position + len(ids))}
 
 
 def _step_columns(n: int, tau: float, weight: float, sample: int, hidden_row: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
@@ -281,7 +297,7 @@ def _zero_weight(batch: PackedBatch) -> PackedBatch:
     return replace(batch, **steps, filler=True)
 
 
-T = TypeVar("T", SoftSteps, TokenSteps, PackedBatch)
+T = TypeVar("T", SoftSteps, TokenSteps, Segments, PackedBatch)
 
 
 def _to(part: T, device: torch.device) -> T:

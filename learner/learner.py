@@ -28,10 +28,13 @@ from learner import checkpoint
 from learner.advantage import ESTIMATORS
 from learner.batch import PackedBatch, Weighted, pack, packed_rows, split_for_ranks
 from learner.losses import Terms
+from learner.memory import measured_micro_batch
 from learner.metrics import StepMeter
 from learner.optimiser import build_optimiser, clip_gradients, lr_at
 from learner.policy import build_policy
 from rollout.trajectory import Group
+
+MEASURED = "measured_micro_batch_tokens"  # in a checkpoint: a run that resumes cuts its batches as it did
 
 
 class Learner:
@@ -40,10 +43,14 @@ class Learner:
     def __init__(self, config: Config, model_dir: str | Path, rank: int, world_size: int, device: torch.device) -> None:
         """Loads and shards the model. The default process group must be up, with `world_size` ranks.
 
-        Raises InputError for a model that cannot be trained.
+        Raises InputError for a model that cannot be trained, or for micro-batches that cannot be measured.
         """
         if not dist.is_initialized() or (dist.get_rank(), dist.get_world_size()) != (rank, world_size):
             raise RunError(f"learner rank {rank} of {world_size}: torch.distributed is not initialised as such")
+        if config.learner.micro_batch_tokens is None and device.type == "cpu":
+            raise InputError(
+                "learner.micro_batch_tokens = null: what fits is measured on GPUs only; on a CPU set a number, such as 1024"
+            )
         self.config = config
         self.rank = rank
         self.world_size = world_size
@@ -52,10 +59,22 @@ class Learner:
         self.optimiser = build_optimiser(self.policy, config)
         self.step = 0  # finished optimiser steps
         self.begin_step(0)
+        self.micro_batch_tokens = config.learner.micro_batch_tokens or self.measure_micro_batch()
 
     def rms_embedding(self) -> float:
         """RMS over all entries of the loaded model's E, before any training: sigma = gamma * RMS (paper, section 4.1)."""
         return self.policy.rms_embedding
+
+    def measure_micro_batch(self) -> int:
+        """Rows of a micro-batch that fit this model and these lengths (learner/memory.py). Forgets a step that was begun."""
+
+        def run(samples: list[Weighted]) -> None:
+            (batch,) = pack(samples, packed_rows(samples))
+            self.policy(batch.to(self.device)).loss.backward()
+
+        found = measured_micro_batch(self.config, self.device, run)
+        self.begin_step(0)
+        return found
 
     def begin_step(self, step: int) -> None:
         """Forgets what an earlier step, finished or abandoned, left behind. `step` is the run's own count, for messages."""
@@ -76,7 +95,7 @@ class Learner:
             # Equal rewards have no advantage: the gradient is zero, so a forward for the metrics is enough.
             learn = any(sample.reward != group.samples[0].reward for sample in group.samples)
             self._pending[learn] += self._weighted(group)
-            if packed_rows(self._pending[learn]) >= self.config.learner.micro_batch_tokens * self.world_size:
+            if packed_rows(self._pending[learn]) >= self.micro_batch_tokens * self.world_size:
                 self._run_pending(learn)
 
     def flush(self) -> None:
@@ -142,12 +161,16 @@ class Learner:
 
     def save(self, folder: Path, controller: Mapping[str, Any]) -> None:
         """Writes a checkpoint of this step into `folder`, whole or not at all (learner/checkpoint.py)."""
-        checkpoint.save(folder, self.step, self.policy.model, self.optimiser, controller)
+        measured = {MEASURED: self.micro_batch_tokens} if self.config.learner.micro_batch_tokens is None else {}
+        checkpoint.save(folder, self.step, self.policy.model, self.optimiser, {**controller, **measured})
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Goes on from a checkpoint; returns what the controller had stored. `rms_embedding` stays that of the base model."""
         self.step, controller = checkpoint.load(folder, self.policy.model, self.optimiser)
         self.begin_step(self.step)
+        measured = controller.pop(MEASURED, None)
+        if self.config.learner.micro_batch_tokens is None and measured is not None:
+            self.micro_batch_tokens = measured
         return controller
 
     def _weighted(self, group: Group) -> list[Weighted]:
@@ -174,7 +197,7 @@ class Learner:
         """Packs what waits and runs this rank's share of it."""
         if not self._pending[learn]:
             return
-        batches = pack(self._pending[learn], self.config.learner.micro_batch_tokens, self.world_size)
+        batches = pack(self._pending[learn], self.micro_batch_tokens, self.world_size)
         self._pending[learn] = []
         for batch in split_for_ranks(batches, self.world_size)[self.rank]:
             self._run(batch.to(self.device), self._named_step, learn)

@@ -21,6 +21,8 @@ from configs.errors import InputError
 from configs.schema import Config, Dtype
 from kernels.soft_embedding import rebuild, rms
 from kernels.token_logprob import token_logprob
+from learner import attention
+from learner.attention import Segments
 from learner.batch import PackedBatch, SoftSteps
 from learner.losses import Terms, policy_terms
 
@@ -59,7 +61,7 @@ class Policy(nn.Module):
         noisy = self._noisy(batch.soft, embedding.detach())
         inputs = nn.functional.embedding(batch.input_ids, embedding)
         inputs = inputs.index_copy(0, batch.soft.input_row, noisy.to(inputs.dtype))
-        hidden = self._body(inputs, batch.position, batch.attention_mask())
+        hidden = self._body(inputs, batch.position, batch.segments)
         return policy_terms(
             hidden,
             self.head,
@@ -77,10 +79,14 @@ class Policy(nn.Module):
         hidden = self._body(inputs, torch.arange(len(ids), device=ids.device), None)
         return token_logprob(hidden[:-1], self.head, ids[1:])[0]
 
-    def _body(self, inputs: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
-        """Hidden states [R, d] after the final norm; inputs [R, n0], position [R]; a mask of None is causal."""
+    def _body(self, inputs: Tensor, position: Tensor, segments: Segments | None) -> Tensor:
+        """Hidden states [R, d] after the final norm; inputs [R, n0], position [R]; segments of None is one causal sequence."""
         body = cast(Any, self.model).base_model
-        output = body(inputs_embeds=inputs[None], position_ids=position[None], attention_mask=mask, use_cache=False)
+        packed: dict[str, Any] = {}
+        if segments is not None:  # no mask is built for a mask that is there; this one of no keys only says that there are segments
+            mask = torch.empty(1, 1, len(inputs), 0, dtype=torch.bool, device=inputs.device)
+            packed = {"attention_mask": mask, "segments": segments}
+        output = body(inputs_embeds=inputs[None], position_ids=position[None], use_cache=False, **packed)
         return output.last_hidden_state[0]
 
     @torch.no_grad()
@@ -102,7 +108,7 @@ def build_policy(model_dir: str | Path, config: Config, device: torch.device) ->
     # The checkpoint's own dtype on the host, float32 layer by layer as it is sharded: eight ranks of an 8B model fit one node.
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            str(model_dir), dtype="auto", attn_implementation="sdpa", output_loading_info=True
+            str(model_dir), dtype="auto", attn_implementation=attention.NAME, output_loading_info=True
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]

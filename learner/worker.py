@@ -57,6 +57,7 @@ class LearnerRank:
             "device": torch.cuda.get_device_name(0) if on_gpu else "cpu",
             "threads": torch.get_num_threads(),
             "pid": os.getpid(),
+            "micro_batch_tokens": self.learner.micro_batch_tokens,
             "rms_embedding": self.learner.rms_embedding(),
         }
 

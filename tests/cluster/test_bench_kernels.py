@@ -7,7 +7,9 @@ import torch
 from rich.console import Console
 
 from cluster import bench_kernels
-from cluster.bench_kernels import make_inputs, make_supports, measure_peak, peak_bytes, print_kernels, run
+from cluster.bench_kernels import measure_peak, peak_bytes, print_kernels
+from cluster.bench_logprobs import make_inputs, make_logits, make_supports, run
+from kernels.soft_embedding import select_support
 
 
 def test_supports_are_as_large_and_as_alike_as_those_measured() -> None:
@@ -20,11 +22,22 @@ def test_supports_are_as_large_and_as_alike_as_those_measured() -> None:
     assert abs(sum(unions) / len(unions) - 2907) < 300
 
 
-def test_logits_are_like_a_language_models() -> None:
-    inputs = make_inputs(64, 4096, 576)
-    logits = inputs.hidden.detach() @ inputs.weight.detach().T
+@pytest.mark.parametrize("width", [576, 2048])
+def test_logits_are_like_a_language_models(width: int) -> None:
+    inputs = make_inputs(64, 4096, width)
+    logits = inputs.hidden.detach() @ inputs.head.detach().T
     assert 1.5 < logits.median(dim=-1).values.abs().add(logits.std(dim=-1)).mean() < 3
     assert 15 < logits.amax(-1).mean() < 21
+
+
+def test_the_support_of_made_up_logits_is_the_one_put_there_but_for_its_tail() -> None:
+    put, offsets = make_supports(32, 8192, torch.Generator().manual_seed(1))
+    found = select_support(make_logits(32, 8192, torch.Generator().manual_seed(1)), torch.full((32,), 0.5))
+    theirs, mine = (
+        {(int(row), int(token)) for row, token in zip(torch.repeat_interleave(o.diff()), ids, strict=True)}
+        for ids, o in ((put, offsets), (found.ids, found.offsets))
+    )
+    assert len(mine - theirs) < 0.01 * len(mine) and len(mine) > 0.7 * len(theirs)
 
 
 def test_the_peak_is_that_of_what_was_alive_at_once() -> None:
@@ -42,7 +55,7 @@ def test_the_peak_is_that_of_what_was_alive_at_once() -> None:
 def test_a_process_of_its_own_measures_the_chunk_and_not_the_tokens() -> None:
     """V = 4096: logits of all tokens are 64 MiB, and plain autograd holds three of them; a chunk's are 16, and two are alive."""
     inputs = make_inputs(4096, 4096, 576)
-    naive = peak_bytes(lambda: torch.softmax(inputs.hidden @ inputs.weight.T, -1).sum().backward())
+    naive = peak_bytes(lambda: torch.softmax(inputs.hidden @ inputs.head.T, -1).sum().backward())
     assert measure_peak("dense", 4096, 4096) < 140 * 2**20 < 170 * 2**20 < naive
 
 

@@ -46,7 +46,10 @@ def test_rows_of_a_soft_and_a_hard_sample_of_one_prompt() -> None:
     #                                 prompt   soft 0: 2 CoT, prefill, 1st answer   hard 1: CoT
     assert batch.input_ids.tolist() == [1, 2, 3, 10, 11, 20, 30, 10]
     assert batch.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 3]
-    assert batch.owner.tolist() == [-1, -1, -1, 0, 0, 0, 0, 1]
+    assert batch.segments.prompt_rows.tolist() == [[0, 1, 2]]
+    assert batch.segments.sample_rows.tolist() == [[3, 4, 5, 6], [7, 0, 0, 0]]
+    assert batch.segments.key_rows.tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 7, 0, 0, 0]]
+    assert batch.segments.place.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
     assert batch.soft.hidden_row.tolist() == [2, 3]  # the prompt's last row predicts the first step
     assert batch.soft.input_row.tolist() == [3, 4]
@@ -61,18 +64,6 @@ def test_rows_of_a_soft_and_a_hard_sample_of_one_prompt() -> None:
     assert batch.answer.weight.tolist() == [0.5, 0.5, -1.0]
     assert 20 not in batch.answer.target.tolist() + batch.hard.target.tolist()  # forced prefill carries no loss
     assert batch.generated == 7
-
-
-def test_a_sample_sees_its_prompt_and_itself() -> None:
-    weighted = [(trajectory(p, Mode.soft, c, 1, 1, i), 1.0) for i, (p, c) in enumerate([([1, 2], 1), ([1, 2], 2), ([3], 1)])]
-    (batch,) = pack(weighted, 64)
-    mask = batch.attention_mask()[0, 0]
-    for query in range(batch.rows):
-        for key in range(batch.rows):
-            same_prompt = batch.block[query] == batch.block[key]
-            visible = batch.owner[key] in (-1, batch.owner[query])
-            assert mask[query, key] == bool(same_prompt and visible and key <= query)
-    assert mask.any(-1).all()
 
 
 @settings(deadline=None, max_examples=60)
@@ -118,6 +109,16 @@ def test_a_group_that_fits_one_micro_batch_is_still_shared_by_all_ranks() -> Non
     weighted = [(trajectory([1, 2, 3], Mode.soft, 8, 1, 2, i), 1.0) for i in range(8)]
     batches = pack(weighted, 10_000, ranks=4)
     assert [len(batch.sample_index) for batch in batches] == [2, 2, 2, 2]
+
+
+def test_a_prompt_stands_in_one_micro_batch_where_its_samples_fit() -> None:
+    weighted = [(trajectory([p] * 20, Mode.soft, 8, 1, 2, i), 1.0) for i in range(8) for p in range(3)]  # 20 rows + 8 x 10 each
+    batches = pack(weighted, 250)
+    assert [batch.rows for batch in batches] == [200, 100]
+    halves = pack(weighted[::3], 70)  # one prompt that does not fit: its samples are shared out evenly
+    assert [batch.rows for batch in halves] == [60, 60]
+    three = pack(weighted, 10_000, ranks=3)
+    assert [batch.rows for batch in three] == [100, 100, 100]
 
 
 def test_full_records_travel_only_if_every_sample_has_one() -> None:
