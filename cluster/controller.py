@@ -13,19 +13,23 @@
 
 A batch is learned from with the weights that drew it (strictly on-policy): the optimiser steps when the last group is in, and
 engines draw nothing between that and the push.
+
+Validation has the engines to itself. Drawn in one batch with the next step's groups it would take some percent less time, but the
+shape of a batch decides the last bits of what an engine computes, and so which token a close call becomes: how often a run is
+validated would change what it learns, and a step's time would hold that of a validation. `softrl eval` tests any checkpoint beside
+a run that goes on.
 """
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.evaluation import evaluate, forget_after
-from cluster.evaluation_records import FOLDER as EVALUATIONS
-from cluster.evaluation_records import SettingSummary, dataset_name
+from cluster.eval_sets import EvalResults, EvalSets, evaluate_sets
+from cluster.evaluation import evaluate, forget_after, read_rows
+from cluster.evaluation_records import SettingSummary
 from cluster.learners import Learners
 from cluster.live import LiveView
 from cluster.placement import Cluster, placed, ray_session
@@ -34,7 +38,7 @@ from cluster.rollouts import Rollouts, require_prompts_fit
 from cluster.run_dir import RunDir
 from cluster.step_metrics import StepMetrics
 from cluster.waits import each, wait_all
-from configs.errors import InputError, RunError
+from configs.errors import InputError, Interrupted
 from configs.load import config_hash
 from configs.schema import Config
 from learner import checkpoint
@@ -47,19 +51,34 @@ BEST = "best"  # the checkpoint with the best validation, beside the numbered on
 VERIFY_SEQUENCES = 4  # prompts whose log-probs prove a push
 
 
-def train(config: Config, resume: bool) -> None:
-    """Run `softrl train`. Raises InputError before anything is written, RunError when the run fails; both leave it resumable."""
+@dataclass(frozen=True, slots=True)
+class HeldOutTests:
+    """What the best weights are tested on, and, with `base`, those that training starts from."""
+
+    config: Config  # the run's own, but for eval.settings
+    sets: EvalSets
+    base: bool = True
+
+
+def train(config: Config, resume: bool, tests: HeldOutTests | None = None, engines: list[Any] | None = None) -> None:
+    """Run `softrl train`, tested on `tests`, by default task.test. `engines` are handles of engines that are there already, started
+    or not: for the config's model, and as its `engine` section says.
+
+    Raises InputError before anything is written, RunError when the run fails; both leave it resumable.
+    """
     RunDir.check(config, resume)
     model_dir, problems, validation, test = prepare(config)
+    tests = tests or HeldOutTests(config, EvalSets([(config.task.test, test)], []))
     with (
         ray_session(config),
-        placed(config, model_dir) as cluster,
+        placed(config, model_dir, with_engines=engines is None) as cluster,
         RunDir.create(config, resume) as run,
         recorded_end(run),
         Scorer() as scorer,
         LiveView(config) as view,
     ):
-        asyncio.run(Training(config, model_dir, problems, validation, test, cluster, scorer, run, view).run_all())
+        cluster = Cluster(engines or cluster.engines, cluster.learners)
+        asyncio.run(Training(config, model_dir, problems, validation, tests, cluster, scorer, run, view).run_all())
 
 
 def prepare(config: Config) -> tuple[str, list[Problem], list[Problem], list[Problem]]:
@@ -83,14 +102,14 @@ class Training:
         model_dir: str,
         problems: list[Problem],
         validation: list[Problem],
-        test: list[Problem],
+        tests: HeldOutTests,
         cluster: Cluster,
         scorer: Scorer,
         run: RunDir,
         view: LiveView,
     ) -> None:
         self.config, self.model_dir, self.problems = config, model_dir, problems
-        self.validation, self.test = validation, test
+        self.validation, self.tests = validation, tests
         self.learners = Learners(cluster.learners, run.waiting, config.learner.step_timeout_s)
         self.engines, self.scorer, self.run, self.view = cluster.engines, scorer, run, view
         self.pushed = False
@@ -102,7 +121,8 @@ class Training:
         await self._start()
         steps = self.config.run.steps
         if self.run.step == 0:
-            await self._test(0)
+            if self.tests.base:
+                await self._test(0)
             await self._validate(0)
         for step in range(self.run.step, steps):
             metrics = await self._step(step)
@@ -144,23 +164,29 @@ class Training:
         return {f"push/{name}": float(value) for name, value in report.items()}
 
     async def _validate(self, step: int) -> dict[str, float]:
-        """Accuracy on the validation problems; the best weights so far are kept as a checkpoint of their own."""
-        found = await self._evaluate("validation", step, self.config.task.validation, self.validation)
+        """Accuracy on the validation problems, all of `eval.settings` at once, with the weights that the engines hold; the best
+        weights so far are kept as a checkpoint of their own."""
+        task, waiting = self.config.task.validation, self.run.waiting
+        found = await evaluate(self.rollouts, self.run.folder, "validation", step, task, self.validation, waiting, self._progress)
+        self._say("validation", step, found)
         if step > 0 and (self.best is None or found[0].share >= self.best[1]):
             self.best = (step, found[0].share)
             await self._save(self.run.checkpoints / BEST, step)
         return {f"eval/{summary.setting}": summary.share for summary in found}
 
-    async def _test(self, step: int) -> list[SettingSummary]:
-        return await self._evaluate("test", step, self.config.task.test, self.test)
+    async def _test(self, step: int) -> EvalResults:
+        rollouts = self.rollouts.under(self.tests.config)
+        found = await evaluate_sets(rollouts, self.run.folder, step, self.tests.sets, self.run.waiting, self._progress)
+        for summaries in found.tasks:
+            self._say("test", step, summaries)
+        for name, summary in found.choices:
+            self.view.note(f"{name} at step {step}: {summary.accuracy:.1%}, NLL per token {summary.nll_per_token:.4f}")
+        return found
 
-    async def _evaluate(self, what: str, step: int, task: Any, problems: list[Problem]) -> list[SettingSummary]:
-        """All of `eval.settings` at once, with the weights that the engines hold; one summary of each, in that order."""
-        found = await evaluate(self.rollouts, self.run.folder, what, step, task, problems, self.run.waiting, self._progress)
+    def _say(self, what: str, step: int, found: list[SettingSummary]) -> None:
         timed_out = sum(summary.timed_out for summary in found)
         shares = ", ".join(f"{summary.setting} {summary.share:.1%}" for summary in found)
         self.view.note(f"{what} at step {step}: {shares}" + (f"; {timed_out} checks timed out" if timed_out else ""))
-        return found
 
     def _progress(self, what: str, total: int) -> Progress:
         return Progress(what, total, self.view.note)
@@ -193,20 +219,23 @@ class Training:
             self.rollouts.sigma = float(stored[0]["sigma"])
             self.best = tuple(stored[0]["best"]) if stored[0]["best"] else None
         await self._push(self.run.step)
+        await self._new_preemptions()  # of another run, where the engines are shared
         self.run.status("training")
 
     async def _test_best(self) -> None:
         """The test problems under the weights of the best validation, beside the base model's row, and where to look next."""
-        folder = self.run.checkpoints / BEST
-        stored = await self.learners.call("load", str(folder))
-        step = int(stored[0]["step"])
-        await self._push(step)
+        assert self.best is not None  # the last step is always validated
+        folder, step = self.run.checkpoints / BEST, self.best[0]
+        if step != self.config.run.steps:  # else they are what learners and engines hold
+            await self.learners.call("load", str(folder))
+            await self._push(step)
         tested = await self._test(step)
-        base = json.loads((self.run.folder / EVALUATIONS / "test_000000.json").read_text())
-        of_base = {row["setting"]: row for row in base if row["dataset"] == dataset_name(self.config.task.test)}
-        rows = [[summary.setting, *map(_right, (of_base.get(summary.setting), summary.row()))] for summary in tested]
         columns = ["setting", "base model", f"best validation, step {step}"]
-        self.view.table(f"{self.config.run.name}: held-out test problems", columns, rows)
+        base = {(row["dataset"], row["setting"]): row for row in read_rows(self.run.folder, "test_000000.json")}
+        for of_task in tested.tasks:
+            dataset = of_task[0].dataset
+            rows = [[one.setting, *map(_right, (base.get((dataset, one.setting)), one.row()))] for one in of_task]
+            self.view.table(f"{self.config.run.name}: held-out test problems of {dataset}", columns, rows)
         self.view.note(
             f"metrics     {self.run.folder}/metrics.jsonl\ncheckpoint  {folder}\nnext        softrl export {folder} my-model"
         )
@@ -225,7 +254,7 @@ class Training:
 
 
 def _right(row: dict[str, Any] | None) -> str:
-    """Share and count of a summary's row; a setting that was not asked of the base model has none."""
+    """Share and count of a summary's row; what was not asked of the base model has none."""
     return "-" if row is None else f"{row['share']:.1%} ({row['correct']}/{row['samples']})"
 
 
@@ -237,7 +266,7 @@ def recorded_end(run: RunDir) -> Iterator[None]:
     except KeyboardInterrupt:
         run.event("interrupted")
         run.status("interrupted")
-        raise RunError(f"{run.folder}: interrupted; go on with --resume") from None
+        raise Interrupted(f"{run.folder}: interrupted; go on with --resume") from None
     except InputError:
         if run.created:
             run.discard()

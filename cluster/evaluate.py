@@ -1,11 +1,12 @@
 """`softrl eval`: the six inference settings and the multiple-choice sets, for the untrained model, a checkpoint, or any model.
 
     CONFIG, --checkpoint --> Weights: which model folder, which step, whose run folder --> engines, no learner
-    --datasets           --> problems --> evaluation.py     --> RUN/eval/test_STEP/, RUN/eval/test_STEP.json
-                         \\-> items    --> out_of_domain.py  --> RUN/eval/out_of_domain_STEP/, .json
+    --datasets           --> eval_sets.py --> problems --> evaluation.py     --> RUN/eval/test_STEP/, RUN/eval/test_STEP.json
+                                         \\-> items    --> out_of_domain.py  --> RUN/eval/out_of_domain_STEP/, .json
 
 RUN is the checkpoint's own run, or run.dir/run.name of CONFIG, or --out: a folder that `softrl report` and `softrl show` read. The
-same command goes on with an interrupted evaluation; what was drawn before, in training too, is not drawn again.
+same command goes on with an interrupted evaluation; what was drawn before, in training too, is not drawn again. A run that goes on
+is not disturbed by the evaluation of one of its checkpoints, which has engines of its own.
 """
 
 import asyncio
@@ -20,30 +21,26 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from cluster.evaluation import evaluate, weights_label
+from cluster.eval_sets import EvalResults, EvalSets, evaluate_sets
+from cluster.evaluation import weights_label
 from cluster.evaluation_records import SettingSummary
 from cluster.live import make_table
-from cluster.out_of_domain import evaluate_choices
 from cluster.placement import Cluster, placed, ray_session
 from cluster.progress import Progress, progress_line
-from cluster.rollouts import Rollouts, require_prompts_fit
+from cluster.rollouts import Rollouts
 from cluster.run_dir import CONFIG
 from cluster.waits import named
-from configs.errors import InputError, RunError
+from configs.errors import InputError, Interrupted
 from configs.load import dump_config, load_config
 from configs.schema import Config
 from learner.checkpoint import CONTROLLER
 from learner.export import export
-from rollout import multiple_choice
 from rollout.files import cannot_write, replace_file
 from rollout.models import load_tokenizer, resolve_model
-from rollout.multiple_choice import Item, load_items, require_items_fit
 from rollout.reward import Scorer
-from rollout.tasks import Problem, load_task
 from rollout.trajectory import STOP_ANSWER_CLOSED, STOP_ANSWER_EOS, STOP_ANSWER_LENGTH
 
 LOG_WIDTH = 120  # characters, where no terminal says how many it has
-OUT_OF_DOMAIN = "ood"  # in --datasets: all of rollout.multiple_choice.SETS
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,28 +53,15 @@ class Weights:
     sigma: float | None = None  # noise of the run that made the checkpoint; None: from the model's own embedding
 
 
-@dataclass(frozen=True, slots=True)
-class DataSets:
-    """What it is evaluated on, each with its name."""
+def run_evaluation(config: Config, checkpoint: Path | None, sets: EvalSets, out: Path | None) -> None:
+    """Run `softrl eval`.
 
-    tasks: list[tuple[Any, list[Problem]]]  # a task.* value and its problems
-    choices: list[tuple[str, list[Item]]]
-
-
-def run_evaluation(
-    config: Config, checkpoint: Path | None, datasets: Sequence[str] | None, problems: int | None, out: Path | None
-) -> None:
-    """Run `softrl eval`. `datasets` is as `load_datasets` takes it, None the config's task.test; `problems` of each set, None all.
-
-    Raises InputError before anything is started, RunError when the evaluation fails or is interrupted; both leave what is recorded.
+    Raises InputError before anything is started, RunError when the evaluation fails, Interrupted after Ctrl-C; all of them leave
+    what is recorded.
     """
     config, weights = find_weights(config, checkpoint, out)
-    found = load_datasets(config, datasets, problems)
     tokenizer = load_tokenizer(config.model.path)
-    for _, of_task in found.tasks:
-        require_prompts_fit(config, tokenizer, of_task, config.eval_cot_tokens)
-    for _, items in found.choices:
-        require_items_fit(items, tokenizer.encode, config.engine.max_model_len)
+    sets.require_fit(config, tokenizer)
     _open_run(config, weights.run)
     console = Console()
     if not console.is_terminal:
@@ -90,15 +74,15 @@ def run_evaluation(
             Scorer() as scorer,
             progress_line(console) as progress,
         ):
-            asyncio.run(_evaluate(config, weights, found, cluster, tokenizer, scorer, progress, console))
+            asyncio.run(_evaluate(config, weights, sets, cluster, tokenizer, scorer, progress, console))
     except KeyboardInterrupt:
-        raise RunError(f"{weights.run}: interrupted; the same command goes on") from None
+        raise Interrupted(f"{weights.run}: interrupted; the same command goes on") from None
 
 
 async def _evaluate(
     config: Config,
     weights: Weights,
-    datasets: DataSets,
+    sets: EvalSets,
     cluster: Cluster,
     tokenizer: Any,
     scorer: Scorer,
@@ -108,20 +92,22 @@ async def _evaluate(
     rollouts, _ = await Rollouts.start(config, [], cluster.engines, tokenizer, scorer, named)
     if weights.sigma is not None:
         rollouts.sigma = weights.sigma
-    for task, problems in datasets.tasks:
-        found = await evaluate(rollouts, weights.run, "test", weights.step, task, problems, named, progress)
-        print_summaries(console, f"{weights.run.name}, {weights_label(weights.step)}", found)
-    rows = []
-    for name, items in datasets.choices:
-        summary = await evaluate_choices(
-            config, weights.run, weights.step, name, items, cluster.engines, tokenizer.encode, progress
-        )
-        shares = f"{summary.accuracy:.1%}", f"{summary.accuracy_norm:.1%}", f"{summary.nll_per_token:.4f}"
-        rows.append([name, summary.items, *shares])
-    if rows:
-        title = f"{weights.run.name}, {weights_label(weights.step)}: out of domain"
-        console.print(make_table(title, ["set", "items", "accuracy", "by character", "NLL per token"], rows))
+    found = await evaluate_sets(rollouts, weights.run, weights.step, sets, named, progress)
+    print_results(console, f"{weights.run.name}, {weights_label(weights.step)}", found)
     console.print(Text(f"records in {weights.run}/eval; next: softrl report {weights.run.parent}"), soft_wrap=True)
+
+
+def print_results(console: Console, title: str, found: EvalResults) -> None:
+    """A table of each task, and one of the multiple-choice sets."""
+    for summaries in found.tasks:
+        print_summaries(console, title, summaries)
+    rows = [
+        [name, summary.items, f"{summary.accuracy:.1%}", f"{summary.accuracy_norm:.1%}", f"{summary.nll_per_token:.4f}"]
+        for name, summary in found.choices
+    ]
+    if rows:
+        columns = ["set", "items", "accuracy", "by character", "NLL per token"]
+        console.print(make_table(f"{title}: out of domain", columns, rows))
 
 
 def print_summaries(console: Console, title: str, found: Sequence[SettingSummary]) -> None:
@@ -174,26 +160,6 @@ def find_weights(config: Config, checkpoint: Path | None, out: Path | None) -> t
     # sigma is gamma times the RMS of the embedding that training started from; its own gamma gives its own sigma, bit for bit
     sigma *= config.policy.gamma / trained.policy.gamma if trained.policy.gamma else 0.0
     return config, Weights(step, (out or run).resolve(), checkpoint, sigma)
-
-
-def load_datasets(config: Config, names: Sequence[str] | None, most: int | None) -> DataSets:
-    """The named sets: tasks as in task.test, sets of rollout.multiple_choice by name or NAME=FILE, `ood` for all of these.
-
-    None stands for the config's task.test. `most` problems of each, the first ones. Raises InputError for one that is not known.
-    """
-    tasks: list[tuple[Any, list[Problem]]] = []
-    choices: list[tuple[str, list[Item]]] = []
-    if names is None:
-        tasks.append((config.task.test, load_task(config.task.test)[:most]))
-    for name in names or ():
-        set_name, _, path = name.partition("=")
-        if name == OUT_OF_DOMAIN:
-            choices += [(each, load_items(each)[:most]) for each in multiple_choice.SETS]
-        elif set_name in multiple_choice.SETS:
-            choices.append((set_name, load_items(set_name, path or None)[:most]))
-        else:
-            tasks.append((name, load_task(name)[:most]))
-    return DataSets(tasks, choices)
 
 
 def _open_run(config: Config, run: Path) -> None:

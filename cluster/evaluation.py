@@ -109,6 +109,12 @@ def write_summary(place: Path) -> None:
     replace_file(place.with_name(f"{place.name}.json"), lambda partial: partial.write_text(text))
 
 
+def read_rows(run: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of `run`/eval/NAME, such as test_000040.json; none where it is not there."""
+    path = run / FOLDER / name
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def forget_after(run: Path, step: int) -> list[str]:
     """Remove the evaluations of weights after more than `step` steps: a run that goes on from there makes those anew.
 

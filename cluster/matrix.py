@@ -3,81 +3,48 @@
     recipes: [base.yaml, ...]     one or several, beside this file            \\
     set: {key: value}             for every run                                >  the product of recipes and axes: one run each
     axes: {key: [value, ...]}     one run for each combination of values      /
-    eval: {settings: all, datasets: [...], problems: N}     what `softrl eval` draws of each run's best checkpoint, and of the
-                                                            untrained model once a seed; leave it out to do without
+    eval: {settings: all, datasets: [...], problems: N}     what each run's best weights are tested on, and the untrained model once
+                                                            a seed; leave it out for task.test under eval.settings. Files of
+                                                            data sets (NAME=FILE) may stand beside this one
+    keep_checkpoints: false       remove the weights of a run when it is trained and tested; they are kept unless told so
 
-    expand --> check every run --> for each: softrl train, softrl eval --> softrl report of the folder
+    expand --> check every run --> each in turn (matrix_runs.py) --> softrl report of the folder
 
-Each run is a process of its own: what one leaves in memory, or how it fails, is no other's concern. Runs lie in runs/NAME_OF_FILE
-unless `set` says run.dir. A finished run is left as it is; `--resume` goes on with one that was begun.
+Runs lie in runs/NAME_OF_FILE unless `set` says run.dir. A finished run is left as it is; `--resume` goes on with a begun one.
 """
 
 import itertools
-import json
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.text import Text
 
-from cluster.controller import BEST, prepare
-from cluster.evaluate import load_datasets
-from cluster.evaluation_records import FOLDER as EVALUATIONS
-from cluster.evaluation_records import dataset_name
+from cluster.controller import prepare
+from cluster.eval_sets import EvalSets, load_datasets
 from cluster.live import make_table
+from cluster.matrix_runs import BEGUN, MatrixRun, complete_all
 from cluster.report import report
-from cluster.run_dir import CONFIG, STATUS, RunDir
-from configs.errors import InputError, RunError
+from configs.errors import InputError, Interrupted, RunError
 from configs.load import load_config
-from configs.schema import EVAL_SETTINGS, Config
-from learner.checkpoint import CONTROLLER
-from learner.checkpoint import FOLDER as CHECKPOINTS
+from configs.schema import EVAL_SETTINGS
+from rollout.models import load_tokenizer
 
-KEYS = {"recipes": list, "set": dict, "axes": dict, "eval": dict}
+KEYS = {"recipes": list, "set": dict, "axes": dict, "eval": dict, "keep_checkpoints": bool}
 EVAL_KEYS = {"settings": str | list, "datasets": list, "problems": int}
-NEW, BEGUN, FINISHED = "new", "begun", "finished"
-
-
-@dataclass(frozen=True, slots=True)
-class MatrixRun:
-    """One run of the matrix."""
-
-    recipe: Path
-    overrides: tuple[str, ...]  # key=value, as on a command line
-    place: Mapping[str, str]  # what tells it from the others: recipe and axes
-    config: Config
-
-    @property
-    def folder(self) -> Path:
-        return (Path(self.config.run.dir).expanduser() / self.config.run.name).resolve()
-
-    def state(self) -> str:
-        """NEW, BEGUN or FINISHED. Raises InputError for a run there that was made with other settings."""
-        if not self.folder.exists() or not any(self.folder.iterdir()):
-            return NEW
-        RunDir.check(self.config, resume=True)
-        try:
-            ended = json.loads((self.folder / STATUS).read_text())["state"] == "done"
-        except (OSError, ValueError, KeyError):
-            return BEGUN
-        return FINISHED if ended else BEGUN
+EXPECTED = {list: "a list", dict: "a mapping", int: "a whole number", bool: "true or false"}
 
 
 def matrix(path: Path, dry_run: bool, resume: bool) -> None:
     """Run `softrl matrix`.
 
     Raises InputError, with nothing started, for a file that is no matrix, a run that cannot be, or one that was begun and is not to
-    be resumed; RunError when a run failed (the others are run all the same), or when interrupted.
+    be resumed; RunError when a run failed (the others are run all the same), Interrupted after Ctrl-C.
     """
     content = read_matrix(path)
-    runs = list(expand(path, content))
-    _check(path, runs)
+    runs = checked(path, content, list(expand(path, content)))
     states = [run.state() for run in runs]
     console = Console()
     names = list(runs[0].place)
@@ -90,14 +57,9 @@ def matrix(path: Path, dry_run: bool, resume: bool) -> None:
         name = runs[states.index(BEGUN)].folder.name
         raise InputError(f"{path}: run {name} was begun and is not finished; go on with it by --resume, or remove its folder")
     try:
-        first, wanted = bases(runs), content.get("eval")
-        failed = [
-            run.folder.name
-            for run, state in zip(runs, states, strict=True)
-            if not _complete(console, run, state, wanted, run.folder.name in first)
-        ]
-    except KeyboardInterrupt:
-        raise RunError(f"{path}: interrupted; go on with --resume") from None
+        failed = complete_all(console, runs, states, content.get("keep_checkpoints", True))
+    except Interrupted:
+        raise Interrupted(f"{path}: interrupted; go on with --resume") from None
     if len(failed) < len(runs):
         report(runs[0].folder.parent, None)
     if failed:
@@ -124,6 +86,10 @@ def read_matrix(path: Path) -> dict[str, Any]:
     for key, values in content.get("axes", {}).items():
         if not isinstance(values, list) or not values or len(set(map(str, values))) < len(values):
             raise InputError(f"{path}: axes.{key} = {values}: expected a list of values, none twice, such as [0, 1, 2]")
+    if content.get("eval", {}).get("problems", 1) < 1:
+        raise InputError(
+            f"{path}: eval.problems = {content['eval']['problems']}: expected at least 1; leave it out for all of them"
+        )
     if both := set(content.get("set", {})) & set(content.get("axes", {})):
         raise InputError(f"{path}: {both.pop()} stands in set and in axes: expected one of them")
     return content
@@ -134,7 +100,7 @@ def _expect(path: Path, prefix: str, content: Mapping[Any, Any], keys: Mapping[s
         if key not in keys:
             raise InputError(f"{path}: unknown key {prefix}{key}: expected one of {', '.join(keys)}")
         if not isinstance(value, keys[key]):
-            expected = {list: "a list", dict: "a mapping", int: "a whole number"}.get(keys[key], "all, or a list of settings")
+            expected = EXPECTED.get(keys[key], "all, or a list of settings")
             raise InputError(f"{path}: {prefix}{key} = {value}: expected {expected}")
 
 
@@ -142,12 +108,19 @@ def expand(path: Path, content: Mapping[str, Any]) -> Iterator[MatrixRun]:
     """The runs, recipes first, then the axes in their order, the last one fastest. Raises InputError as `load_config` does."""
     fixed = {"run.dir": f"runs/{path.stem}"} | content.get("set", {})
     axes = content.get("axes", {})
+    tested = [f"eval.settings=[{_settings(content['eval']['settings'])}]"] if "settings" in content.get("eval", {}) else []
     for name, *values in itertools.product(content["recipes"], *axes.values()):
         recipe = path.parent / name
         place = dict(zip(axes, values, strict=True))
-        overrides = tuple(f"{key}={_as_override(value)}" for key, value in (fixed | place).items())
+        overrides = [f"{key}={_as_override(value)}" for key, value in (fixed | place).items()]
         shown = {"recipe": Path(name).stem} | {key: str(value) for key, value in place.items()}
-        yield MatrixRun(recipe, overrides, shown, load_config(recipe, overrides))
+        config, test_config = load_config(recipe, overrides), load_config(recipe, [*overrides, *tested])
+        yield MatrixRun(shown, config, test_config, EvalSets([], []))
+
+
+def _settings(settings: str | list[str]) -> str:
+    names = list(EVAL_SETTINGS) if settings == "all" else [settings] if isinstance(settings, str) else settings
+    return ", ".join(names)
 
 
 def _as_override(value: Any) -> str:
@@ -157,10 +130,11 @@ def _as_override(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=2**20).partition("\n")[0]
 
 
-def _check(path: Path, runs: Sequence[MatrixRun]) -> None:
-    """Every run has a folder of its own, in one place, and its model and data are there. Raises InputError."""
+def checked(path: Path, content: Mapping[str, Any], runs: Sequence[MatrixRun]) -> list[MatrixRun]:
+    """The runs with what they are tested on. Raises InputError unless each has a folder of its own, in one place, and its model and
+    data are there and fit."""
     folders: dict[Path, MatrixRun] = {}
-    checked: set[str] = set()
+    sets: dict[str, EvalSets] = {}
     for run in runs:
         if (other := folders.setdefault(run.folder, run)) is not run:
             raise InputError(
@@ -171,79 +145,31 @@ def _check(path: Path, runs: Sequence[MatrixRun]) -> None:
             raise InputError(
                 f"{path}: run.dir = {run.config.run.dir}: expected one folder for all runs, also {runs[0].config.run.dir}"
             )
-        config = run.config
-        lengths = config.policy.max_cot_tokens, config.eval_cot_tokens, config.policy.max_answer_tokens, config.engine.max_model_len
-        needs = repr((config.model, config.task, lengths, config.rollout.prompts_per_step, config.eval.problems))
-        if needs not in checked:
+        if (needs := _needs(run)) not in sets:
             prepare(run.config)
-            checked.add(needs)
+            sets[needs] = _sets(path, content.get("eval"), run)
+            sets[needs].require_fit(run.config, load_tokenizer(run.config.model.path))
+    return [replace(run, sets=sets[_needs(run)]) for run in runs]
+
+
+def _needs(run: MatrixRun) -> str:
+    """What decides whether model and data are there and fit."""
+    config = run.config
+    lengths = config.policy.max_cot_tokens, config.eval_cot_tokens, config.policy.max_answer_tokens, config.engine.max_model_len
+    return repr((config.model, config.task, lengths, config.rollout.prompts_per_step, config.eval.problems))
+
+
+def _sets(path: Path, evaluation: Mapping[str, Any] | None, run: MatrixRun) -> EvalSets:
+    """What a run is tested on; a file that is not where NAME=FILE says may lie beside the matrix."""
+    if evaluation is None:
+        return load_datasets(run.config, None, run.config.eval.problems)
+    names = []
+    for name in evaluation.get("datasets", []):
+        set_name, _, file = name.partition("=")
+        beside = path.parent / file
+        names.append(f"{set_name}={beside}" if file and not Path(file).exists() and beside.is_file() else name)
+    return load_datasets(run.config, names or None, evaluation.get("problems"))
 
 
 def _shown(run: MatrixRun) -> str:
     return ", ".join(f"{name}={value}" for name, value in run.place.items())
-
-
-# --- running ---------------------------------------------------------------------------------------------------------
-
-
-def bases(runs: Sequence[MatrixRun]) -> set[str]:
-    """The names of the runs that evaluate the untrained model for all that would evaluate it alike."""
-    first: dict[str, str] = {}
-    for run in runs:
-        c = run.config
-        alike = c.task.train, c.model.path, c.engine.dtype, c.task.prompt, c.run.seed, c.policy.gamma, c.eval_cot_tokens
-        first.setdefault(repr(alike), run.folder.name)
-    return set(first.values())
-
-
-def _complete(console: Console, run: MatrixRun, state: str, wanted: Mapping[str, Any] | None, with_base: bool) -> bool:
-    """Train and evaluate what is not yet; whether that went well. `wanted` is the matrix's `eval`."""
-    if state != FINISHED:
-        again = ["--resume"] if state == BEGUN else []
-        if not _softrl(console, "train", str(run.recipe), *run.overrides, *again):
-            return False
-    if wanted is None:
-        return True
-    best = run.folder / CHECKPOINTS / BEST
-    step = int(json.loads((best / CONTROLLER).read_text())["step"])
-    options = [f"--{key}={','.join(map(str, value)) if isinstance(value, list) else value}" for key, value in wanted.items()]
-    weights = {step: ["--checkpoint", str(best)]} | ({0: []} if with_base else {})
-    lacking = [which for step, which in weights.items() if not evaluated(run, step, wanted)]
-    return all(_softrl(console, "eval", str(run.folder / CONFIG), *which, *options) for which in lacking)
-
-
-def evaluated(run: MatrixRun, step: int, wanted: Mapping[str, Any]) -> bool:
-    """Whether nothing of `wanted` is missing in the run's evaluation of the weights after `step` steps."""
-    config = run.config
-    datasets = load_datasets(config, wanted.get("datasets"), wanted.get("problems"))
-    settings = wanted.get("settings", config.eval.settings)
-    settings = list(EVAL_SETTINGS) if settings == "all" else settings.split(",") if isinstance(settings, str) else settings
-    tested = {(row["dataset"], row["setting"]): row for row in _rows(run.folder, f"test_{step:06d}.json")}
-    scored = {row["dataset"]: row["items"] for row in _rows(run.folder, f"out_of_domain_{step:06d}.json")}
-
-    def whole(task: Any, setting: str, problems: int) -> bool:
-        samples = 1 if setting.endswith("greedy") else config.eval.samples
-        row = tested.get((dataset_name(task), setting))
-        return row is not None and not row["missing"] and row["problems"] >= problems and row["samples"] >= samples * problems
-
-    return all(whole(task, setting, len(problems)) for task, problems in datasets.tasks for setting in settings) and all(
-        scored.get(name, 0) >= len(items) for name, items in datasets.choices
-    )
-
-
-def _rows(run: Path, name: str) -> list[dict[str, Any]]:
-    path = run / EVALUATIONS / name
-    return json.loads(path.read_text()) if path.exists() else []
-
-
-def _softrl(console: Console, *arguments: str) -> bool:
-    """A softrl command in a process of its own, its output on this terminal; whether it ended well."""
-    console.print(Text(f"softrl {' '.join(arguments)}", style="bold"), soft_wrap=True)
-    # In a session of its own, so that Ctrl-C reaches it once and it leaves a run that can be resumed.
-    process = subprocess.Popen([sys.executable, "-m", "cluster.cli", *arguments], start_new_session=True)
-    try:
-        return process.wait() == 0
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-        raise

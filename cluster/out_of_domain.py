@@ -17,29 +17,28 @@ from typing import Any
 from cluster.evaluation import weights_label
 from cluster.evaluation_records import FOLDER, json_lines
 from cluster.progress import Progress
+from cluster.rollouts import Rollouts
 from cluster.run_dir import JsonLines
-from cluster.waits import named, wait
+from cluster.waits import Waiting, wait
 from configs.errors import InputError
-from configs.schema import Config
 from rollout.files import cannot_write, replace_file
-from rollout.multiple_choice import Encode, Item, ItemScore, Summary, TokenIds, score_items, summarise
+from rollout.multiple_choice import Item, ItemScore, Summary, TokenIds, score_items, summarise
 
 
 async def evaluate_choices(
-    config: Config,
+    rollouts: Rollouts,
     run: Path,
     step: int,
     dataset: str,
     items: Sequence[Item],
-    engines: Sequence[Any],
-    encode: Encode,
+    waiting: Waiting,
     progress: Callable[[str, int], Progress],
 ) -> Summary:
-    """Score what `run`/eval/out_of_domain_STEP lacks of one set's items, and summarise them. `engines` are Ray handles.
+    """Score what `run`/eval/out_of_domain_STEP lacks of one set's items, and summarise them; the engines hold the weights.
 
     Raises InputError where the scores there are of other weights or items, RunError when scoring fails: what was scored stays.
     """
-    place = run / FOLDER / f"out_of_domain_{step:06d}"
+    config, place = rollouts.config, run / FOLDER / f"out_of_domain_{step:06d}"
     described = {"dataset": dataset, "weights": weights_label(step), "model": config.model.path, "dtype": str(config.engine.dtype)}
     path = _open_place(place, dataset, described)
     file = JsonLines(path)
@@ -48,8 +47,8 @@ async def evaluate_choices(
         scores = _read_scores(path, items)
         lacking = [item for item in items if item.index not in scores]
         counted = progress(f"out of domain at step {step}: {dataset}", len(lacking))
-        logprobs = _over_engines(engines, config.engine.request_timeout_s)
-        async for score in score_items(lacking, encode, logprobs):
+        logprobs = _over_engines(rollouts.engines, waiting, config.engine.request_timeout_s)
+        async for score in score_items(lacking, rollouts.tokenizer.encode, logprobs):
             file.append(asdict(score))
             scores[score.index] = score
             counted.advance(sum(score.tokens))
@@ -94,13 +93,13 @@ def _read_scores(path: Path, items: Sequence[Item]) -> dict[int, ItemScore]:
     return scores
 
 
-def _over_engines(engines: Sequence[Any], deadline_s: float) -> Callable[[list[TokenIds]], Any]:
+def _over_engines(engines: Sequence[Any], waiting: Waiting, deadline_s: float) -> Callable[[list[TokenIds]], Any]:
     """RolloutEngine.token_logprobs with the sequences dealt out to all engines; the deadline is for one call."""
 
     async def token_logprobs(sequences: list[TokenIds]) -> list[Any]:
         count = len(engines)
         calls = [engine.token_logprobs.remote(sequences[i::count]) for i, engine in enumerate(engines) if sequences[i::count]]
-        parts = await wait(named, "out of domain", "engines", deadline_s, asyncio.gather(*calls))
+        parts = await wait(waiting, "out of domain", "engines", deadline_s, asyncio.gather(*calls))
         found: list[Any] = [None] * len(sequences)
         for i, part in enumerate(parts):
             found[i::count] = part

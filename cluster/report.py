@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cluster import report_tables, report_training
-from cluster.report_figures import draw_all, save
+from cluster.report_figures import Drawing, draw_all, save
 from cluster.report_format import Table, csv_text, json_rows, markdown
 from cluster.report_runs import Arm, LeftOut, Run, RunGroup, build_arms, group_runs, read_runs
 from configs.errors import InputError
@@ -46,7 +46,7 @@ def report(runs_dir: Path, out: Path | None) -> None:
     for table in tables:
         _write(out / "tables" / f"{table.name}.csv", csv_text(table))
     drawn = save(draw_all(groups, arms, studies), out / "figures")
-    figures = {f"figures/{name}": title for name, title in drawn.items()}
+    figures = {f"figures/{name}": drawing for name, drawing in drawn.items()}
     _write(out / "report.json", json.dumps(_as_json(groups, tables, figures, left_out, notes), indent=1) + "\n")
     _write(out / "report.md", _as_markdown(groups, tables, figures, left_out, notes))
     console = Console()
@@ -72,7 +72,11 @@ def _tables(groups: Sequence[RunGroup], arms: Sequence[Arm], studies: Sequence[r
 
 
 def _as_json(
-    groups: Sequence[RunGroup], tables: Sequence[Table], figures: dict[str, str], left_out: Sequence[LeftOut], notes: Sequence[str]
+    groups: Sequence[RunGroup],
+    tables: Sequence[Table],
+    figures: dict[str, Drawing],
+    left_out: Sequence[LeftOut],
+    notes: Sequence[str],
 ) -> dict[str, Any]:
     return {
         "groups": [
@@ -94,12 +98,16 @@ def _as_json(
         "left_out": [{"name": run.name, "reason": run.reason} for run in left_out],
         "notes": list(notes),
         "tables": {table.name: {"title": table.title, "note": table.note, "rows": json_rows(table)} for table in tables},
-        "figures": figures,
+        "figures": {path: {"title": drawing.title, "note": drawing.note} for path, drawing in figures.items()},
     }
 
 
 def _as_markdown(
-    groups: Sequence[RunGroup], tables: Sequence[Table], figures: dict[str, str], left_out: Sequence[LeftOut], notes: Sequence[str]
+    groups: Sequence[RunGroup],
+    tables: Sequence[Table],
+    figures: dict[str, Drawing],
+    left_out: Sequence[LeftOut],
+    notes: Sequence[str],
 ) -> str:
     parts = ["# Report", *(f"- {line}" for line in _remarks(left_out, notes)), "## Runs"]
     for group in groups:
@@ -111,7 +119,8 @@ def _as_markdown(
             parts += [f"## {table.title}", *([table.note] if table.note else []), markdown(table)]
         else:
             parts += [f"## {table.title}", f"[tables/{table.name}.csv](tables/{table.name}.csv)"]
-    parts += [part for path, title in figures.items() for part in (f"## {title}", f"![{title}]({path})")]
+    for path, drawing in figures.items():
+        parts += [f"## {drawing.title}", drawing.note, f"![{drawing.title}]({path})"]
     text = "\n\n".join(parts)
     return text.replace("\n\n- ", "\n- ") + "\n"
 

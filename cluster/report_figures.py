@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from cluster.paper_numbers import BASE, COLUMNS, paper_number
@@ -34,13 +34,15 @@ BAND = 0.15  # opacity of an interval
 CHARACTERS_AN_INCH = 13  # of the legend's font
 SMOOTHED = 100  # points a training curve is averaged down to, at most
 
-TRAINING_PANELS = {  # metric: title
-    "reward/mean": "reward",
-    "reward/correct": "share right, sampled",
-    "validation": "validation, share right",
-    "rollout/cot_length_mean": "CoT tokens",
-    "learner/cot_entropy_mean": "entropy of a CoT step, nats",
-    "learner/grad_norm": "gradient norm before the clip",
+MARKED = 20  # points at most of a curve that shows each of them
+
+TRAINING_PANELS = {  # metric: title and factor
+    "reward/mean": ("reward", 1),
+    "reward/correct": ("right samples, %", 100),
+    "validation": ("right in validation, %", 100),
+    "rollout/cot_length_mean": ("CoT tokens", 1),
+    "learner/cot_entropy_mean": ("entropy of a CoT step at its temperature, nats", 1),
+    "learner/grad_norm": ("gradient norm before the clip", 1),
 }
 
 
@@ -50,6 +52,7 @@ class Drawing:
 
     name: str  # of its file, without .png
     title: str
+    note: str  # what its marks mean
     figure: Figure
 
 
@@ -67,17 +70,17 @@ def draw_all(groups: Sequence[RunGroup], arms: Sequence[Arm], studies: Sequence[
         yield from study_figure(study)
 
 
-def save(drawings: Iterable[Drawing], folder: Path) -> dict[str, str]:
-    """Write folder/NAME.png of each; returns titles by file name. Raises RunError when one cannot be written."""
-    titles: dict[str, str] = {}
+def save(drawings: Iterable[Drawing], folder: Path) -> dict[str, Drawing]:
+    """Write folder/NAME.png of each; returns them by file name. Raises RunError when one cannot be written."""
+    saved: dict[str, Drawing] = {}
     for drawing in drawings:
         name, number = f"{drawing.name}.png", 1
-        while name in titles:  # two models of one name in different folders
+        while name in saved:  # two models of one name in different folders
             number += 1
             name = f"{drawing.name}_{number}.png"
         replace_file(folder / name, partial(drawing.figure.savefig, format="png", dpi=DPI))
-        titles[name] = drawing.title
-    return titles
+        saved[name] = drawing
+    return saved
 
 
 # --- the four kinds --------------------------------------------------------------------------------------------------
@@ -95,14 +98,15 @@ def pass_at_k_figure(arms: Sequence[Arm], dataset: str, where: str) -> Iterator[
                 continue
             low, mean, high = pass_curve(arm.summaries(dataset, setting))
             k = np.arange(1, len(mean) + 1)
-            axes.plot(k, 100 * mean, label=arm.label, **style)
+            axes.plot(k, 100 * mean, label=arm.label, **style, **_points(mean))
             axes.fill_between(k, 100 * low, 100 * high, color=style["color"], alpha=BAND, linewidth=0)
             _mark_paper(axes, arm, dataset, setting)
         axes.set_xscale("log", base=2)
         _plain_ticks(axes.xaxis)
         axes.set(title=setting.replace("_", " "), xlabel="k")
     panels[0].set_ylabel("pass@k, %")
-    yield _drawing(figure, panels, "pass@k", where)
+    note = "Mean over problems and seeds; bands: 95 % bootstrap intervals over problems; open circles: the paper."
+    yield _drawing(figure, panels, "pass@k", where, note)
 
 
 def entropy_figure(arms: Sequence[Arm], dataset: str, where: str) -> Iterator[Drawing]:
@@ -114,38 +118,43 @@ def entropy_figure(arms: Sequence[Arm], dataset: str, where: str) -> Iterator[Dr
     settings = [s for s in EVAL_SETTINGS if any(len(profile(arm, s).counts) for arm in arms)]
     if not settings:
         return
-    figure, panels = _panels(len(settings), f"entropy by CoT index: {where}", share_y=False)
+    figure, panels = _panels(len(settings), f"entropy by CoT index: {where}", share_y=True)
     for axes, setting in zip(panels, settings, strict=True):
         for arm, style in _styled(arms):
             if len(entropy := profile(arm, setting).mean):
-                axes.plot(np.arange(len(entropy)), entropy, label=arm.label, **style)
+                axes.plot(np.arange(len(entropy)), entropy, label=arm.label, **style, **_points(entropy))
         axes.set(title=setting.replace("_", " "), xlabel="CoT index")
-        axes.set_ylim(bottom=0)
+        _whole_steps(axes)
     panels[0].set_ylabel("entropy, nats")
-    yield _drawing(figure, panels, "entropy", where)
+    note = "Mean over the samples of all seeds that reached the index, at the setting's temperature; a hard thought records none."
+    yield _drawing(figure, panels, "entropy", where, note)
 
 
 def training_figure(groups: Sequence[RunGroup], where: str) -> Iterator[Drawing]:
-    """Metrics over steps: the mean over seeds, and from the lowest to the highest seed."""
+    """Metrics over steps: the mean over seeds, and from the lowest to the highest seed. Validation begins before the first step."""
 
     def series(run: Run, key: str) -> dict[int, float]:
         name = f"eval/{run.config.eval.settings[0]}" if key == "validation" else key
-        return {int(row["step"]): row[name] for row in run.metrics if name in row}
+        found = {int(row["step"]): row[name] for row in run.metrics if name in row}
+        return {0: run.base_validation} | found if key == "validation" and run.base_validation is not None else found
 
     keys = [key for key in TRAINING_PANELS if any(series(run, key) for group in groups for run in group.runs)]
     if not keys:
         return
     figure, panels = _panels(len(keys), f"training: {where}", share_y=False)
     for axes, key in zip(panels, keys, strict=True):
+        title, factor = TRAINING_PANELS[key]
         for group, style in _styled([trained_arm(group) for group in groups], groups):
             steps, values = over_steps([series(run, key) for run in group.runs])
             if len(steps):
-                axes.plot(steps, values.mean(axis=0), label=group.label, **style)
+                values = factor * values
+                axes.plot(steps, values.mean(axis=0), label=group.label, **style, **_points(steps))
                 axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=BAND, linewidth=0)
-        axes.set(title=TRAINING_PANELS[key], xlabel="step")
+        axes.set(title=title, xlabel="step")
+        _whole_steps(axes)
         if key == "learner/grad_norm":
             axes.set_yscale("log")
-    yield _drawing(figure, panels, "training", where)
+    yield _drawing(figure, panels, "training", where, "Mean over seeds; bands: from the lowest to the highest seed.")
 
 
 def study_figure(study: Study) -> Iterator[Drawing]:
@@ -174,7 +183,7 @@ def study_figure(study: Study) -> Iterator[Drawing]:
         _plain_ticks(axes.xaxis)
         axes.set(title=dataset, xlabel=study.key)
     panels[0].set_ylabel("%")
-    yield _drawing(figure, panels, kind, where)
+    yield _drawing(figure, panels, kind, where, "Mean over seeds; bars: standard deviations over seeds.")
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -194,6 +203,15 @@ def _samples(arm: Arm, dataset: str, setting: str) -> int:
     return max((int(summary.drawn.max()) for summary in arm.summaries(dataset, setting)), default=0)
 
 
+def _points(curve: NDArray[np.float64]) -> dict[str, Any]:
+    """A mark at each point of a short curve: one of a single point would be no line at all."""
+    return {"marker": "o", "markersize": 3.5} if len(curve) <= MARKED else {}
+
+
+def _whole_steps(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def _mark_paper(axes: Axes, arm: Arm, dataset: str, setting: str) -> None:
     if arm.like_paper:
         for k in [k for s, k in COLUMNS if s == setting]:
@@ -210,8 +228,8 @@ def _styled(arms: Sequence[Arm], items: Sequence[Any] | None = None) -> Iterator
 
 
 def _panels(count: int, title: str, share_y: bool) -> tuple[Figure, list[Axes]]:
-    """A grid of at most three columns."""
-    columns = min(count, 3)
+    """A grid of at most three columns, without a hole if it can be."""
+    columns = 2 if count == 4 else min(count, 3)
     rows = -(-count // columns)
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.6), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=share_y)
@@ -229,13 +247,13 @@ def _panels(count: int, title: str, share_y: bool) -> tuple[Figure, list[Axes]]:
 
 def _plain_ticks(axis: Any) -> None:
     """Numbers as they are on a logarithmic axis."""
-    axis.set_major_formatter(ScalarFormatter())
+    axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
-def _drawing(figure: Figure, panels: Sequence[Axes], kind: str, where: str) -> Drawing:
+def _drawing(figure: Figure, panels: Sequence[Axes], kind: str, where: str, note: str) -> Drawing:
     """One legend below all panels, each line once."""
     lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     columns = max(1, int(figure.get_figwidth() * CHARACTERS_AN_INCH / (max(map(len, lines), default=0) + 8)))
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    return Drawing(re.sub(r"[^A-Za-z0-9.-]+", "_", f"{kind}_{where}"), f"{kind}: {where}", figure)
+    return Drawing(re.sub(r"[^A-Za-z0-9.-]+", "_", f"{kind}_{where}"), f"{kind}: {where}", note, figure)

@@ -44,48 +44,63 @@ def markdown(table: Table) -> str:
     """A Markdown table; names to the left, numbers to the right."""
     numbers = [bool(form) for form in table.columns.values()]
     head = [list(table.columns), ["--:" if number else ":--" for number in numbers]]
-    body = [[_shown(row.get(name), form) for name, form in table.columns.items()] for row in table.rows]
+    body = [
+        [_shown(row.get(name), form, len(str(row.get("seeds", "")).split(", "))) for name, form in table.columns.items()]
+        for row in table.rows
+    ]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (*head, *body))
 
 
 def csv_text(table: Table) -> str:
     """CSV with a header; a Measured column is followed by NAME std, NAME seeds and NAME paper."""
     out = io.StringIO()
-    rows = [_flat(table, row) for row in table.rows]
-    writer = csv.DictWriter(
-        out, list(dict.fromkeys(key for row in rows for key in row)) or list(table.columns), lineterminator="\n"
-    )
+    writer = csv.DictWriter(out, _flat_columns(table), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(json_rows(table))
     return out.getvalue()
 
 
 def json_rows(table: Table) -> list[dict[str, Any]]:
     """One flat object a row, with the keys of the CSV."""
-    return [_flat(table, row) for row in table.rows]
+    columns = _flat_columns(table)
+    return [_flat(row, columns) for row in table.rows]
 
 
-def _shown(cell: Cell, form: str) -> str:
+def _shown(cell: Cell, form: str, seeds: int) -> str:
+    """`seeds` are those of the row: a number that only some of them have says so."""
     if cell is None:
         return "-"
     if not isinstance(cell, Measured):
         return str(cell).replace("|", "\\|") if isinstance(cell, str) else format(cell, form)
     text = "-" if cell.mean is None else format(cell.mean, form)
     if cell.std is not None:
-        text += f" ± {format(cell.std, form)}"
+        text += f" ± {format(cell.std, _form_of_std(text, form))}"
+    if 0 < cell.seeds < seeds:
+        text += f" [{cell.seeds} of {seeds} seeds]"
     return text if cell.paper is None else f"{text} ({format(cell.paper, form)})"
 
 
-def _flat(table: Table, row: Mapping[str, Cell]) -> dict[str, Any]:
-    """The row with each Measured column spread over several, the same ones in every row of the table."""
-    flat: dict[str, Any] = {}
+def _form_of_std(mean: str, form: str) -> str:
+    """As many decimals as the mean shows, where the form does not say how many."""
+    return f".{len(mean.partition('.')[2])}f" if form.endswith("g") and "e" not in mean else form
+
+
+def _flat_columns(table: Table) -> dict[str, tuple[str, str]]:
+    """Names of the columns with each Measured one spread over several, the same ones in every row: (column, field of Measured)."""
+    flat: dict[str, tuple[str, str]] = {}
     for name in table.columns:
-        cell, column = row.get(name), [r.get(name) for r in table.rows]
-        measured = [c for c in column if isinstance(c, Measured)]
-        flat[name] = cell.mean if isinstance(cell, Measured) else cell
+        flat[name] = name, "mean"
+        measured = [cell for row in table.rows if isinstance(cell := row.get(name), Measured)]
         if measured:
-            flat[f"{name} std"] = cell.std if isinstance(cell, Measured) else None
-            flat[f"{name} seeds"] = cell.seeds if isinstance(cell, Measured) else None
-        if any(c.paper is not None for c in measured):
-            flat[f"{name} paper"] = cell.paper if isinstance(cell, Measured) else None
+            flat |= {f"{name} std": (name, "std"), f"{name} seeds": (name, "seeds")}
+        if any(cell.paper is not None for cell in measured):
+            flat[f"{name} paper"] = name, "paper"
+    return flat
+
+
+def _flat(row: Mapping[str, Cell], columns: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, (name, field) in columns.items():
+        cell = row.get(name)
+        flat[key] = getattr(cell, field) if isinstance(cell, Measured) else cell if field == "mean" else None
     return flat

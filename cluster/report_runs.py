@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.evaluation import read_rows
 from cluster.evaluation_records import FOLDER, SettingSummary, dataset_name, json_lines, read_plan, read_records, summarise
 from cluster.paper_numbers import BASE
 from cluster.run_dir import CONFIG, METRICS
@@ -51,6 +52,7 @@ class Run:
     out_of_domain: OutOfDomain
     base_tests: Tests  # of the weights that training started from
     base_out_of_domain: OutOfDomain
+    base_validation: float | None  # share right of the validation before the first step, by the first of eval.settings
     base_plan: Mapping[str, str]  # what else decided base_tests: prompt, dtype, sigma, lengths
     notes: Sequence[str]  # what a reader must know: evaluations that are empty or not whole
 
@@ -159,18 +161,24 @@ def read_run(folder: Path) -> Run:
     notes: list[str] = []
     tests, _ = _tests(folder, tested, notes)
     base_tests, base_plan = _tests(folder, 0, notes)
+    config = load_config(folder / CONFIG)
     return Run(
         folder=folder,
-        config=load_config(folder / CONFIG),
+        config=config,
         metrics=_metrics(folder / METRICS),
         tested_step=tested,
         tests=tests,
         out_of_domain=_out_of_domain(folder, tested),
         base_tests=base_tests,
         base_out_of_domain=_out_of_domain(folder, 0),
+        base_validation=_base_validation(folder, config.eval.settings[0]),
         base_plan=base_plan,
         notes=notes,
     )
+
+
+def _base_validation(folder: Path, setting: str) -> float | None:
+    return next((row["share"] for row in read_rows(folder, "validation_000000.json") if row["setting"] == setting), None)
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:

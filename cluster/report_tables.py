@@ -49,7 +49,8 @@ def accuracy_table(arms: Sequence[Arm]) -> Table:
         title="Accuracy, as the paper's main table",
         columns={**WHERE, "test": ""} | dict.fromkeys(columns, ".1f"),
         rows=rows,
-        note="Percent; mean ± standard deviation over seeds, in brackets the paper's mean of three seeds.",
+        note="Percent; mean ± standard deviation over seeds, in brackets the paper's mean of three seeds. "
+        "`-`: not evaluated, or with fewer than k samples a problem.",
     )
 
 
@@ -93,7 +94,7 @@ def pass_at_k_table(arms: Sequence[Arm]) -> Table:
     for arm, dataset, setting, found in _evaluated(arms):
         low, mean, high = pass_curve(found)
         for k in [k for k in range(1, len(mean) + 1) if k & (k - 1) == 0 or k == len(mean)] if len(mean) > 1 else []:
-            bounds: dict[str, Cell] = {"low": 100 * float(low[k - 1]), "high": 100 * float(high[k - 1])}
+            bounds: dict[str, Cell] = {"low": _percent(low[k - 1]), "high": _percent(high[k - 1])}
             place: dict[str, Cell] = {**_where(arm), "test": dataset, "setting": setting, "k": k}
             rows.append(place | {"pass@k": scores(arm, dataset, setting, k)} | bounds)
     return Table(
@@ -104,6 +105,11 @@ def pass_at_k_table(arms: Sequence[Arm]) -> Table:
         note="1 - C(n-c, k) / C(n, k), mean over problems and seeds. Low and high: 95 % bootstrap interval over problems.",
         shown=False,
     )
+
+
+def _percent(share: np.float64) -> float | None:
+    """None where there is no interval: seeds without a problem in common."""
+    return None if np.isnan(share) else 100 * float(share)
 
 
 def pass_curve(found: Sequence[SettingSummary]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:

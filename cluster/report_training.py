@@ -62,8 +62,8 @@ def training_table(groups: Sequence[RunGroup]) -> Table:
         title="Training",
         columns=WHERE | forms | {"CoT entropy": ".3f", "residual": ".4f", "mismatch s": ".4f"},
         rows=rows,
-        note="Means of the last tenth of the steps; correct and validation (first of eval.settings) in percent. A residual of 1 is "
-        "on-policy.",
+        note="Means of the last tenth of the steps; correct and validation (first of eval.settings) in percent; entropy in nats, "
+        "at the temperature of training. A residual of 1 is on-policy.",
     )
 
 

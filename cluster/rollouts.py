@@ -38,6 +38,10 @@ class Rollouts:
         sigma = config.policy.gamma * float(reports[0]["rms_embedding"])
         return cls(config, problems, engines, tokenizer, scorer, sigma), reports
 
+    def under(self, config: Config) -> Self:
+        """The same engines and noise under another config."""
+        return type(self)(config, self.problems, self.engines, self.tokenizer, self.scorer, self.sigma)
+
     async def groups(self, step: int) -> AsyncIterator[Group]:
         """The step's groups, each as soon as it and all before it are scored: the order never depends on timing."""
         size = self.config.rollout.samples_per_prompt

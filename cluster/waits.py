@@ -29,7 +29,8 @@ def named(name: str, for_whom: str, deadline_s: float) -> Iterator[None]:
 async def wait(waiting: Waiting, name: str, for_whom: str, deadline_s: float, awaitable: Awaitable[Any]) -> Any:
     """The awaitable's result. Raises RunError after the deadline or for a dead actor, and what an actor raised as it raised it."""
     with waiting(name, for_whom, deadline_s), actor_errors(f"{name}: {for_whom}"):
-        return await asyncio.wait_for(awaitable, deadline_s)
+        async with asyncio.timeout(deadline_s):  # Python 3.11's wait_for forgets a Ctrl-C that comes with the result
+            return await awaitable
 
 
 async def wait_all(waiting: Waiting, name: str, for_whom: str, deadline_s: float, awaitables: list[Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The two ways a softrl command can end badly, each with its exit code. A message is one line."""
+"""The ways a softrl command can end badly, each with its exit code. A message is one line."""
 
 
 class InputError(Exception):
@@ -7,3 +7,7 @@ class InputError(Exception):
 
 class RunError(Exception):
     """A run failed while running: a wait passed its deadline, a process died, a number is not finite. Exit code 1."""
+
+
+class Interrupted(RunError):
+    """The user pressed Ctrl-C: nothing that was to follow is started."""

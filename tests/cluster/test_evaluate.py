@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.evaluate import find_weights, load_datasets
+from cluster.eval_sets import load_datasets
+from cluster.evaluate import find_weights
 from configs.errors import InputError
 from configs.load import dump_config, load_config
 from rollout.tasks import load_task
@@ -69,6 +70,10 @@ def test_data_sets_are_tasks_and_multiple_choice_sets(tmp_path: Path) -> None:
     found = load_datasets(config, ["arithmetic:far", f"arc_easy={file}"], 2)
     assert [(task, len(problems)) for task, problems in found.tasks] == [("arithmetic:far", 2)]
     assert [(name, len(items)) for name, items in found.choices] == [("arc_easy", 2)]
+    own = load_datasets(config, [f"choices={file}"], None)
+    assert [(name, len(items)) for name, items in own.choices] == [("arc", 3)] and own.tasks == []
+    with pytest.raises(InputError, match="choices: expected choices=FILE"):
+        load_datasets(config, ["choices"], None)
     [(task, problems)] = load_datasets(config, None, None).tasks
     assert task == "arithmetic:test" and len(problems) == len(load_task("arithmetic:test"))
     with pytest.raises(InputError, match="unknown task 'gsm9k'; did you mean 'gsm8k'"):

@@ -1,18 +1,23 @@
 """A matrix is checked as a whole before its first run starts, and never repeats what is there."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from cluster import matrix as module
+from cluster import matrix_runs
+from cluster.controller import HeldOutTests
+from cluster.eval_sets import EvalSets
 from cluster.evaluation import write_summary
-from cluster.matrix import BEGUN, FINISHED, NEW, bases, evaluated, expand, matrix, read_matrix
-from configs.errors import InputError, RunError
+from cluster.matrix import checked, expand, matrix, read_matrix
+from cluster.matrix_runs import BEGUN, FINISHED, NEW, MatrixRun, SharedEngines, bases, evaluated
+from configs.errors import InputError, Interrupted, RunError
 from configs.load import dump_config
-from configs.schema import Mode
+from configs.schema import Config, Mode
+from rollout.tasks import load_task
 from tests.cluster.evaluations import write_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -78,6 +83,11 @@ def test_the_shipped_matrices_have_a_folder_for_every_run(name: str) -> None:
         ({"set": {"run.dir": "${policy.mode}", **STUDY["set"]}}, "run.dir = soft: expected one folder for all runs"),
         ({"eval": {"setings": "all"}}, "unknown key eval.setings"),
         ({"eval": {"problems": "many"}}, "eval.problems = many: expected a whole number"),
+        ({"eval": {"problems": 0}}, "eval.problems = 0: expected at least 1"),
+        ({"eval": {"settings": ["hard_gredy"]}}, "eval.settings = .*did you mean hard_greedy"),
+        ({"eval": {"datasets": ["gsm9k"]}}, "unknown task 'gsm9k'; did you mean 'gsm8k'"),
+        ({"eval": {"datasets": ["choices=no.jsonl"]}}, "no.jsonl: no such file"),
+        ({"keep_checkpoints": "no way"}, "keep_checkpoints = no way: expected true or false"),
         ({"recipes": ["no.yaml"]}, "no.yaml: no such file"),
     ],
 )
@@ -95,34 +105,67 @@ def test_a_dry_run_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "runs").exists()
 
 
-def finish(run: module.MatrixRun, state: str) -> None:
-    """What is left of a run that ended so."""
+def finish(run: MatrixRun, state: str) -> None:
+    """What is left of a run that ended so, its tests and the weights of its best validation, at step 4."""
     run.folder.mkdir(parents=True)
     (run.folder / "config.yaml").write_text(dump_config(run.config))
     (run.folder / "status.json").write_text(json.dumps({"state": state}))
+    for name in ("step_000005", "best"):
+        (run.folder / "checkpoints" / name).mkdir(parents=True)
+        (run.folder / "checkpoints" / name / "controller.json").write_text('{"step": 4}')
+        (run.folder / "checkpoints" / name / "__0_0.distcp").write_bytes(b"weights")
 
 
-def test_finished_runs_are_skipped_and_begun_ones_want_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands are noted instead of run; tests/end_to_end runs them."""
-    path = write(tmp_path)
+def test_it_completes_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings and evaluations are noted instead of run, and one fails; tests/end_to_end runs them."""
+    path = write(tmp_path, eval={"datasets": ["arithmetic:test"], "problems": 2, "settings": "all"}, keep_checkpoints=False)
     runs = list(expand(path, read_matrix(path)))
     finish(runs[0], "done")
     finish(runs[1], "interrupted")
     assert [run.state() for run in runs] == [FINISHED, BEGUN, NEW, NEW]
     with pytest.raises(InputError, match="run hard_1 was begun and is not finished; go on with it by --resume"):
         matrix(path, dry_run=False, resume=False)
-    started = []
+    trained, tested = [], []
 
-    def note(_: object, *command: str) -> bool:
-        started.append(command)
-        return len(started) != 2
+    def train(config: Config, resume: bool, tests: HeldOutTests, engines: object) -> None:
+        trained.append((config.run.name, resume, tests.base, len(tests.config.eval.settings), len(tests.sets.tasks[0][1])))
+        if config.run.name == "soft_0":
+            raise RunError("no more")
+        run = next(run for run in runs if run.folder.name == config.run.name)
+        if run.state() == NEW:
+            finish(run, "done")
 
-    monkeypatch.setattr(module, "_softrl", note)
+    def run_evaluation(config: Config, checkpoint: Path | None, sets: EvalSets, out: Path) -> None:
+        tested.append((out.name, checkpoint and checkpoint.name, len(config.eval.settings)))
+
+    monkeypatch.setattr(matrix_runs, "train", train)
+    monkeypatch.setattr(matrix_runs, "run_evaluation", run_evaluation)
+    monkeypatch.setattr(matrix_runs, "ray_session", lambda _: nullcontext())
+    monkeypatch.setattr(SharedEngines, "for_run", lambda *_: None)
     with pytest.raises(RunError, match=r"1 of 4 runs failed: soft_0; .*--resume"):
         matrix(path, dry_run=False, resume=True)
-    assert [command[0] for command in started] == ["train"] * 3
-    assert ["--resume" in command for command in started] == [True, False, False]
+    assert trained == [("hard_1", True, True, 6, 2), ("soft_0", False, False, 6, 2), ("soft_1", False, False, 6, 2)]
+    # what training would have left tested, were it not noted only; the untrained model once a seed
+    assert tested == [(f"hard_{seed}", which, 6) for seed in (0, 1) for which in ("best", None)] + [("soft_1", "best", 6)]
     assert (tmp_path / "runs" / "report" / "report.md").exists()
+    kept = sorted(str(file.relative_to(tmp_path / "runs")) for file in tmp_path.glob("runs/*/checkpoints/**/*") if file.is_file())
+    assert kept == [f"{name}/checkpoints/best/controller.json" for name in ("hard_0", "hard_1", "soft_1")]
+
+
+def test_ctrl_c_starts_no_further_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path)
+    trained = []
+
+    def train(config: Config, *_: object) -> None:
+        trained.append(config.run.name)
+        raise Interrupted("runs/hard_0: interrupted; go on with --resume")
+
+    monkeypatch.setattr(matrix_runs, "train", train)
+    monkeypatch.setattr(matrix_runs, "ray_session", lambda _: nullcontext())
+    monkeypatch.setattr(SharedEngines, "for_run", lambda *_: None)
+    with pytest.raises(Interrupted, match=r"study.yaml: interrupted; go on with --resume"):
+        matrix(path, dry_run=False, resume=False)
+    assert trained == ["hard_0"]
 
 
 def test_a_run_made_with_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:
@@ -134,16 +177,49 @@ def test_a_run_made_with_other_settings_is_not_taken_for_this_one(tmp_path: Path
 
 
 def test_an_evaluation_is_done_when_nothing_of_it_is_missing(tmp_path: Path) -> None:
-    path = write(tmp_path, axes={}, set={"run.name": "one", "eval.samples": 3})
-    [run] = expand(path, read_matrix(path))
-    wanted = {"settings": ["hard_greedy", "soft_sample"], "datasets": ["arithmetic:test"], "problems": 2}
-    assert not evaluated(run, 4, wanted)
+    def run_of(settings: object = ("hard_greedy", "soft_sample"), problems: int = 2, **fixed: object) -> MatrixRun:
+        evaluation = {"settings": settings if settings == "all" else list(settings), "datasets": tasks, "problems": problems}
+        path = write(tmp_path, axes={}, set={"run.name": "one", "eval.samples": 3, **fixed}, eval=evaluation)
+        content = read_matrix(path)
+        [run] = checked(path, content, list(expand(path, content)))
+        return run
+
+    tasks = ["arithmetic:test"]
+    assert not evaluated(run_of(), 4)
     right = {"hard_greedy": [[True]] * 2, "soft_sample": [[True] * 3] * 2}
     write_run(tmp_path / "runs", "one", tests={4: right}, dataset="arithmetic:test")
     write_summary(tmp_path / "runs" / "one" / "eval" / "test_000004")
-    assert evaluated(run, 4, wanted)
-    assert not evaluated(run, 4, wanted | {"problems": 3})
-    assert not evaluated(run, 4, wanted | {"settings": "all"})
-    assert not evaluated(run, 4, wanted | {"datasets": ["arithmetic:test", "arithmetic:far"]})
-    run.config.eval.samples = 4
-    assert not evaluated(run, 4, wanted)
+    assert evaluated(run_of(), 4)
+    assert not evaluated(run_of(problems=3), 4)
+    assert not evaluated(run_of("all"), 4)
+    assert not evaluated(run_of(**{"eval.samples": 4}), 4)
+    tasks.append("arithmetic:far")
+    assert not evaluated(run_of(), 4)
+
+
+def test_files_of_data_sets_may_lie_beside_the_matrix(tmp_path: Path) -> None:
+    row = {"question": "Is ice cold?", "choices": {"text": ["yes", "no"], "label": ["A", "B"]}, "answerKey": "A"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
+    path = write(tmp_path, axes={}, set={"run.name": "one"}, eval={"datasets": ["choices=own.jsonl"]})
+    content = read_matrix(path)
+    [run] = checked(path, content, list(expand(path, content)))
+    assert [(name, len(items)) for name, items in run.sets.choices] == [("own", 1)] and run.sets.tasks == []
+
+
+def test_without_a_number_of_problems_it_is_tested_on_all_of_them(tmp_path: Path) -> None:
+    def problems(**changes: Any) -> int:
+        path = write(tmp_path, axes={}, set={"run.name": "one", "eval.problems": 3}, **changes)
+        content = read_matrix(path)
+        [run] = checked(path, content, list(expand(path, content)))
+        return len(run.sets.tasks[0][1])
+
+    assert problems() == 3 and problems(eval={"problems": 5}) == 5
+    assert problems(eval={"datasets": ["arithmetic:test"]}) == len(load_task("arithmetic:test"))
+
+
+def test_the_small_study_needs_nothing_from_elsewhere() -> None:
+    path = CONFIGS / "matrix" / "small.yaml"
+    content = read_matrix(path)
+    runs = checked(path, content, list(expand(path, content)))
+    assert {name for run in runs for name, _ in run.sets.choices} == {"everyday"}
+    assert {len(run.test_config.eval.settings) for run in runs} == {6} and {run.test_config.eval.samples for run in runs} == {4}

@@ -11,10 +11,12 @@ import pytest
 from cluster.out_of_domain import evaluate_choices
 from cluster.progress import Progress
 from cluster.report_runs import read_run
+from cluster.waits import named
 from configs.errors import InputError
 from configs.load import dump_config, load_config
 from rollout.multiple_choice import ITEMS_PER_CALL, Item, Summary
-from tests.cluster.engines import FakeEngine, byte_tokenizer
+from rollout.reward import Scorer
+from tests.cluster.engines import FakeEngine, byte_tokenizer, rollouts
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 TOKENIZER = byte_tokenizer()
@@ -25,7 +27,13 @@ def score(run: Path, *engines: FakeEngine, items: Sequence[Item] = ITEMS, dtype:
     config = load_config(DEMO, [f"model.dtype={dtype}"])
     return asyncio.run(
         evaluate_choices(
-            config, run, 4, "arc_easy", items, engines, TOKENIZER.encode, lambda what, total: Progress(what, total, print)
+            rollouts(config, list(engines), TOKENIZER, Scorer()),
+            run,
+            4,
+            "arc_easy",
+            items,
+            named,
+            lambda what, total: Progress(what, total, print),
         )
     )
 

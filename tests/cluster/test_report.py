@@ -315,6 +315,21 @@ def test_a_table_says_the_same_in_three_forms() -> None:
     assert json_rows(table)[2] == {"name": "d", "k": None, "x": 1.0, "x std": None, "x seeds": 1, "x paper": None}
 
 
+def test_a_number_of_some_seeds_says_so_and_a_deviation_is_as_fine_as_its_mean() -> None:
+    forms = {"seeds": "", "x": ".1f", "hours": ".3g", "PFLOP": ".3g"}
+    row = {"seeds": "0, 1, 2", "x": over_seeds([1.0, None, 3.0]), "hours": over_seeds([0.01234, 0.0129, 0.0125])}
+    text = markdown(Table(name="t", title="T", columns=forms, rows=[row | {"PFLOP": over_seeds([2e-9, 3e-9, 3e-9])}]))
+    assert text.splitlines()[2] == "| 0, 1, 2 | 2.0 ± 1.4 [2 of 3 seeds] | 0.0126 ± 0.0003 | 2.67e-09 ± 5.77e-10 |"
+
+
+@pytest.mark.timeout(60)
+def test_a_long_table_takes_no_longer_a_row() -> None:
+    """512 CoT indices of four settings, three data sets and twenty arms: quadratic in the rows it would be an hour."""
+    rows = [{"index": i, "x": over_seeds([1.0, 2.0])} for i in range(120_000)]
+    table = Table(name="t", title="T", columns={"index": "d", "x": ".1f"}, rows=rows)
+    assert len(csv_text(table).splitlines()) == 1 + len(rows) and len(json_rows(table)) == len(rows)
+
+
 def test_one_seed_has_no_deviation_and_none_has_no_mean() -> None:
     assert over_seeds([3.0]) == Measured(3.0, None, 1)
     assert over_seeds([1.0, None, 3.0]) == Measured(2.0, pytest.approx(2**0.5), 2)

@@ -1,6 +1,8 @@
 """A transcript loses no character and no weight, and its page stands alone."""
 
 import io
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from tests.cluster.engines import byte_tokenizer, trajectory
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 TOKENIZER = byte_tokenizer()
+CHROMIUM = shutil.which("chromium")
+BAD = "<!doctype html><title>bad</title><script>console.error('broken')</script>"
 
 
 def sample(setting: str, problem: int = 0, index: int = 0, text: str = "7", cot: int = 3) -> Sample:
@@ -98,12 +102,14 @@ class Tags(HTMLParser):
         self.open: list[str] = []
         self.tags: list[str] = []
         self.attributes: set[str] = set()
+        self.links: list[str] = []
         self.text = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes |= {name for name, _ in attrs}
+        self.links += [value or "" for name, value in attrs if name == "href"]
         if tag != "meta":
             self.open.append(tag)
 
@@ -121,10 +127,36 @@ def test_a_page_is_whole_and_needs_nothing_from_elsewhere() -> None:
     text = page("first", [transcript("soft_sample", text="<i>&"), transcript("hard_sample"), transcript("fuzzy_greedy", cot=0)])
     found = Tags(text)
     assert found.open == [] and "<i>&}" in found.text and "Why? <b>" in found.text
-    assert not {"script", "link", "img", "iframe", "i", "b"} & set(found.tags) and not {"src", "href", "onclick"} & found.attributes
+    assert not {"script", "link", "img", "iframe", "i", "b"} & set(found.tags) and not {"src", "onclick"} & found.attributes
+    assert found.links == ["#soft_sample", "#hard_sample", "#fuzzy_greedy"] and all(
+        f'id="{link[1:]}"' in text for link in found.links
+    )
     assert "://" not in text and "@import" not in text and "url(" not in text
     assert found.tags.count("section") == 3 and found.tags.count("svg") == 1  # a chart where there are soft steps
     assert "--h:0.28" in text  # 0.562 of 2 nats
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+def test_a_browser_takes_the_page_without_complaint(tmp_path: Path) -> None:
+    for name, text in (
+        ("good", page("first", [transcript("soft_sample", text="<i>&é数学"), transcript("hard_sample")])),
+        ("bad", BAD),
+    ):
+        (tmp_path / f"{name}.html").write_text(text, encoding="utf-8")
+    dom, complaints = rendered(tmp_path / "good.html", tmp_path / "profile")
+    found = Tags(dom)
+    for shown in ("first: problem 0 of test_000004_gsm8k_test", "Why? <b>", "<i>&é数学}", "0.562 nats", "All steps", "'A' 0.750"):
+        assert shown in found.text
+    assert complaints == []
+    assert "broken" in rendered(tmp_path / "bad.html", tmp_path / "profile")[1][0]  # a complaint would have been heard
+
+
+def rendered(html: Path, profile: Path) -> tuple[str, list[str]]:
+    """What a browser makes of a page, and what it writes to its console meanwhile."""
+    quiet = "--no-first-run --disable-background-networking --disable-component-update --disable-sync --disable-quic"
+    options = f"--headless --no-sandbox --disable-gpu {quiet} --enable-logging=stderr --user-data-dir={profile} --dump-dom".split()
+    done = subprocess.run([str(CHROMIUM), *options, html.as_uri()], capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 def test_an_evaluation_keeps_one_sample_of_its_first_problems(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from cluster.rollouts import _as_put
-from cluster.waits import actor_errors, each, named, wait_all
+from cluster.waits import actor_errors, each, named, wait, wait_all
 from configs.errors import InputError, RunError
 
 
@@ -37,6 +37,19 @@ def test_the_first_error_ends_a_wait_for_all() -> None:
 
     with pytest.raises(ZeroDivisionError):
         asyncio.run(both())
+
+
+def test_ctrl_c_is_heard_even_when_it_comes_with_the_result() -> None:
+    async def main() -> None:
+        result = asyncio.get_running_loop().create_future()
+        waiting = asyncio.create_task(wait(named, "rollout", "the next group", 30.0, result))
+        await asyncio.sleep(0)
+        result.set_result(1)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(
