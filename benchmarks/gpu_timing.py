@@ -210,7 +210,7 @@ def _time_noise_of_gather(
 
     def gather(noise: bool) -> None:
         triton_soft_embedding._embed_csr[grid](
-            ids, probs, offsets, embedding, fed.shape[1], *keys, fed,
+            ids, probs, offsets, embedding, *embedding.shape, *keys, fed,
             DTYPE=triton_soft_embedding.FLOATS[fed.dtype], NOISE=noise, STREAM=STREAM_SOFT, **triton_soft_embedding.LAUNCH,
         )  # fmt: skip
 

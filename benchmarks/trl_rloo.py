@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--model", default="smollm2-135m", help="as model.path")
     parser.add_argument("--work", nargs=2, metavar=("PROGRAM", "FOLDER"), help="what the driver starts")
     arguments = parser.parse_args()
     if arguments.work:
@@ -54,7 +55,7 @@ def main() -> None:
     path = arguments.json
     figures = json.loads(path.read_text()) if path is not None and path.exists() else {}  # other cases stay
     for name in arguments.cases.split(","):
-        case = figures[name] = compare(CASES[name], arguments.trl, arguments.rounds)
+        case = figures[name] = compare(CASES[name] | {"model": arguments.model}, arguments.trl, arguments.rounds)
         for side in SIDES:
             speed, peak = case["tokens_per_s"][side], case["peak_bytes"][side] / 2**30
             print(f"{name:6} {side:16} {speed:7.0f} tokens/s   peak {peak:.2f} GiB", flush=True)
@@ -66,7 +67,7 @@ def main() -> None:
 # The driver
 
 
-def compare(case: dict[str, int], trl_python: str, rounds: int) -> dict[str, Any]:
+def compare(case: dict[str, Any], trl_python: str, rounds: int) -> dict[str, Any]:
     """A case's figures: all sides, a step each in turn."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "case.json").write_text(json.dumps(case | {"steps": 2 * (rounds + 1)}))
@@ -143,6 +144,7 @@ def work_softrl(folder: Path) -> None:
     config = load_config(
         Path(__file__).resolve().parents[1] / "configs/demo.yaml",
         [
+            f"model.path={case['model']}",
             f"rollout.prompts_per_step={case['prompts']}",
             f"rollout.samples_per_prompt={case['samples']}",
             f"policy.max_cot_tokens={case['cot']}",

@@ -42,6 +42,7 @@ from configs.errors import InputError, Interrupted
 from configs.load import config_hash
 from configs.schema import Config
 from learner import checkpoint
+from rollout.engine_args import require_splits
 from rollout.models import load_tokenizer, resolve_model
 from rollout.reward import Scorer
 from rollout.tasks import Problem, batch_indices, load_task
@@ -84,6 +85,7 @@ def train(config: Config, resume: bool, tests: HeldOutTests | None = None, engin
 def prepare(config: Config) -> tuple[str, list[Problem], list[Problem], list[Problem]]:
     """The model's folder and the training, validation and test problems, checked to fit. Raises InputError; starts nothing."""
     model_dir = str(resolve_model(config.model.path))
+    require_splits(model_dir, config.engine.tensor_parallel)
     problems = load_task(config.task.train)
     validation, test = (load_task(task)[: config.eval.problems] for task in (config.task.validation, config.task.test))
     batch_indices(len(problems), 0, config.rollout.prompts_per_step, config.run.seed)  # enough problems for a step?

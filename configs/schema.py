@@ -131,12 +131,12 @@ class EngineConfig:
     """The vLLM engines: how many, how large, how long they may take."""
 
     count: int = 1
-    tensor_parallel: int = 1
+    tensor_parallel: int = 1  # GPUs of one engine, all of one node; without GPUs, ranks of at least a core each
     dtype: Dtype = "${model.dtype}"  # type: ignore[assignment]
     max_num_seqs: int = 256  # requests decoded at once by one engine
     max_num_batched_tokens: int | None = None  # of one step, prompts included, longer ones in parts; unset: vLLM's own choice
     max_model_len: int = 2048  # prompt + CoT + prefill + answer, in tokens
-    kv_cache_gib: float | None = None  # unset: 2 on a CPU, vLLM's own share of the memory on a GPU
+    kv_cache_gib: float | None = None  # of each rank; unset: 2 on a CPU, vLLM's own share of the memory on a GPU
     enforce_eager: bool = False  # no torch.compile, no CUDA graphs (a CPU engine is always eager)
     threads: int | None = None  # CPU threads of one engine; unset: computed from the cores at hand
     start_timeout_s: float = 900.0

@@ -44,4 +44,4 @@ def test_the_other_commands_of_the_readme(folder: Path) -> None:
     assert "vllm" in softrl(folder, readme("doctor")).stdout
     recipe, *overrides = readme("train", "policy.mode=fuzzy")[1:]
     assert load_config(folder / recipe, overrides).policy.tau == 1e-4  # its model and data are on the hub
-    assert len(README) == 11  # a command that is added is run above
+    assert len(README) == 12  # a command that is added is run above; `serve` is in test_serve.py
