@@ -85,6 +85,7 @@ def bench_learner(config: Config, *, rounds: int = 3) -> dict[str, Any]:
             "tokens": tokens,
             "micro_batch_tokens": learner.micro_batch_tokens,
             "activation_checkpointing": config.learner.activation_checkpointing,
+            "compile": config.learner.compile,
         },
         "lengths": {
             "prompt": max(map(len, prompts)),

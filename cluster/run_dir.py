@@ -42,7 +42,7 @@ FREE_KEYS = {
     *("engine.count", "engine.tensor_parallel", "engine.max_num_seqs", "engine.max_model_len", "engine.kv_cache_gib"),
     *("engine.enforce_eager", "engine.threads", "engine.start_timeout_s", "engine.request_timeout_s"),
     *("learner.ranks", "learner.micro_batch_tokens", "learner.activation_checkpointing", "learner.threads"),
-    "learner.step_timeout_s",
+    *("learner.compile", "learner.step_timeout_s"),
 }
 
 

@@ -158,6 +158,7 @@ class LearnerConfig:
     cot_weight: float = 1.0  # factor on the CoT term of the loss; 0 learns from the answer alone
     micro_batch_tokens: int | None = 16384  # rows of one forward and backward, prompts once; null: what fits the GPU, to 16384
     activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile of the decoder layers: a minute or two at the start; worth measuring on a GPU
     threads: int | None = None  # CPU threads of one rank; unset: computed from the cores at hand
     step_timeout_s: float = 3600.0
 

@@ -13,8 +13,8 @@ target only: nothing is predicted from it, so it has no row.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -81,8 +81,7 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch with all tensors, those of its steps too, on `device`; copies to a GPU may still be under way."""
-        parts = {name: _to(getattr(self, name), device) for name in ("soft", "hard", "answer", "segments")}
-        return replace(_to(self, device), **parts)
+        return _to(self, device)
 
 
 def pack(weighted: Sequence[Weighted], micro_batch_tokens: int, ranks: int = 1) -> list[PackedBatch]:
@@ -297,9 +296,13 @@ def _zero_weight(batch: PackedBatch) -> PackedBatch:
     return replace(batch, **steps, filler=True)
 
 
-T = TypeVar("T", SoftSteps, TokenSteps, Segments, PackedBatch)
+T = TypeVar("T")
 
 
 def _to(part: T, device: torch.device) -> T:
-    tensors = {f.name: getattr(part, f.name) for f in fields(part) if isinstance(getattr(part, f.name), Tensor)}
-    return replace(part, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+    """A tensor, or a dataclass with every tensor in it, on `device`."""
+    if isinstance(part, Tensor):
+        return cast(T, part.to(device, non_blocking=True))
+    if is_dataclass(part) and not isinstance(part, type):
+        return replace(part, **{f.name: _to(getattr(part, f.name), device) for f in fields(part)})
+    return part

@@ -122,6 +122,9 @@ def build_policy(model_dir: str | Path, config: Config, device: torch.device) ->
     model.train()  # transformers checkpoints activations only in training mode
     policy = Policy(model, config, rms(model.get_input_embeddings().weight.detach()))
     _shard(policy, layers, config, device)
+    if config.learner.compile:
+        for layer in layers:  # one graph for all of them, and for every number of rows; FSDP's hooks stay outside
+            layer.forward = torch.compile(layer.forward, dynamic=True)
     return policy
 
 

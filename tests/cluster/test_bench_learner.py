@@ -72,7 +72,7 @@ def test_figures_are_plain_and_printed(tmp_path: Path, config: Config, monkeypat
     monkeypatch.setattr(bench_learner, "resolve_model", Path)
     figures = json.loads(json.dumps(bench_learner.bench_learner(config, rounds=2)))
     assert len(figures["rounds"]["soft"]) == 2 and figures["soft_over_hard"] > 0
-    assert min(figures["peak_bytes"].values()) > figures["resting_bytes"] > 0
+    assert min(figures["peak_bytes"].values()) >= figures["resting_bytes"] > 0  # equal where memory freed before was enough
     assert figures["batch"]["tokens"] == 2 * 3 * (5 + 9 + 2)
     console = Console(record=True, width=140)
     print_learner(figures, console)

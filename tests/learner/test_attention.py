@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from learner import attention
 from learner.attention import Segments, packed_attention, segments
 
 # Rows of two prompts with three samples and one sample; a prompt of one row with a sample of none.
@@ -52,11 +53,52 @@ def test_segments_give_the_output_and_the_gradients_of_the_whole_mask() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+) -> Tensor:
+    """flash-attn's function as its documentation words it: lists of queries and keys, causal from the bottom right corner."""
+    assert causal and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert int(cu_seqlens_q.diff().max()) == max_seqlen_q and int(cu_seqlens_k.diff().max()) == max_seqlen_k
+    found = []
+    for i in range(len(cu_seqlens_q) - 1):
+        query, key, value = (
+            x[offsets[i] : offsets[i + 1]].transpose(0, 1)
+            for x, offsets in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))
+        )
+        rows, columns = query.shape[1], key.shape[1]
+        mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
+        wide = [x.repeat_interleave(2, dim=0) for x in (key, value)]
+        found.append(scaled_dot_product_attention(query, *wide, attn_mask=mask, scale=softmax_scale).transpose(0, 1))
+    return torch.cat(found)
+
+
+def test_lists_give_what_padding_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, found = states(), segments(PROMPTS, SAMPLES)
+    padded = attend(inputs, found)
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_attn_varlen_func)
+    monkeypatch.setattr(attention, "_takes_lists", lambda query: True)
+    lists = attend(inputs, found)
+    weight = torch.randn(padded.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(lists, padded, rtol=0, atol=1e-12)
+    mine, theirs = (torch.autograd.grad((x * weight).sum(), inputs) for x in (lists, padded))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 def test_every_row_has_its_place_and_padding_reaches_nothing() -> None:
     found = segments(PROMPTS, SAMPLES)
-    places = torch.cat([found.prompt_rows.flatten(), found.sample_rows.flatten()])
-    assert torch.equal(places[found.place], torch.arange(ROWS))
-    assert found.visible.shape == (5, 1, 4, 9) and found.visible[..., 0].all()  # no row sees nothing: it would be NaN
+    flat = torch.cat([found.prompts.flat, found.samples.flat])
+    padded = torch.cat([found.prompts.padded.flatten(), found.samples.padded.flatten()])
+    assert torch.equal(flat[found.place], torch.arange(ROWS)) and torch.equal(padded[found.padded_place], torch.arange(ROWS))
+    assert found.visible.shape == (5, 1, 4, 7) and found.visible[..., 0].all()  # no row sees nothing: it would be NaN
     inputs = states()
     with torch.no_grad():
         before = attend(inputs, found)

@@ -46,10 +46,11 @@ def test_rows_of_a_soft_and_a_hard_sample_of_one_prompt() -> None:
     #                                 prompt   soft 0: 2 CoT, prefill, 1st answer   hard 1: CoT
     assert batch.input_ids.tolist() == [1, 2, 3, 10, 11, 20, 30, 10]
     assert batch.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 3]
-    assert batch.segments.prompt_rows.tolist() == [[0, 1, 2]]
-    assert batch.segments.sample_rows.tolist() == [[3, 4, 5, 6], [7, 0, 0, 0]]
-    assert batch.segments.key_rows.tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 7, 0, 0, 0]]
-    assert batch.segments.place.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert batch.segments.prompts.padded.tolist() == [[0, 1, 2]]
+    assert batch.segments.samples.padded.tolist() == [[3, 4, 5, 6], [7, 0, 0, 0]]
+    assert batch.segments.keys.padded.tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 7, 0, 0, 0]]
+    assert batch.segments.keys.flat.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 7]
+    assert batch.segments.place.tolist() == batch.segments.padded_place.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
     assert batch.soft.hidden_row.tolist() == [2, 3]  # the prompt's last row predicts the first step
     assert batch.soft.input_row.tolist() == [3, 4]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import (
     AutoModel,
     LlamaConfig,
@@ -158,6 +159,16 @@ def test_activation_checkpointing_changes_nothing(tied_dir: Path) -> None:
     assert policy.model.model.layers[0].gradient_checkpointing and policy.model.training
     checkpointed = gradients(policy, samples, 64)
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_nothing_but_rounding(tied_dir: Path) -> None:
+    samples = weighted(load_model(tied_dir), ALL)
+    plain = gradients(build(tied_dir), samples, 64)
+    counters.clear()
+    compiled = gradients(build(tied_dir, tiny_config(compile=True)), samples, 64)
+    assert 0 < counters["stats"]["unique_graphs"] <= 6  # three pieces of a layer and of the first one, whatever the number of rows
+    assert max(relative(compiled[name], plain[name]) for name in plain) < 1e-5
 
 
 def test_tied_weights_stay_one_parameter(tied_dir: Path, untied_dir: Path) -> None:
