@@ -7,17 +7,19 @@ One process without FSDP: weights, gradients and moments are all bf16, where a r
 ranks. No activation checkpointing.
 """
 
+import importlib.metadata
 import time
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.gpu_plan import Scale, Setting
-from benchmarks.gpu_timing import Figures, free_memory, measure_peaks, peak_bytes
+from benchmarks.gpu_plan import Scale, Setting, relative
+from benchmarks.gpu_timing import Figures, free_memory, measure_peaks, peak_bytes, seconds_of
 from cluster.bench_logprobs import TAU, make_supports
 from configs.schema import Config, Dtype, Mode, Support
 from kernels.segments import segment_softmax
@@ -66,6 +68,7 @@ def time_learner(setting: Setting) -> Figures:
         "shape": "Llama-3.1-8B: hidden 4096, MLP 14336, 32 + 8 heads, V = 128,256, untied" if setting.on_gpu else "tiny",
         "layer_flops_per_s": 6.0 * per_layer * rows / max(seconds, 1e-9),  # without attention's own products
         "bf16_flops_per_s": peaks.flops_per_s,
+        "attention": compare_attention(setting, make_batch(setting.scale, Mode.soft, 1.0).to(setting.device)),
         "extrapolation": f"a straight line through {few} and {many} layers, to {LAYERS}; all else is measured",
     }
 
@@ -97,6 +100,28 @@ def _measured(setting: Setting, policy: Policy, optimiser: torch.optim.Optimizer
         "peak_bytes_above_weights_and_moments": peak,
         "loss": step.loss,
     }
+
+
+def compare_attention(setting: Setting, batch: PackedBatch) -> Figures:
+    """One layer's attention, forward and backward: seconds padded and, where flash-attn is installed, as lists; how far apart."""
+    heads, width = setting.scale.heads, setting.scale.width // setting.scale.heads[0]
+    shapes = [(1, count, batch.rows, width) for count in (heads[0], heads[1], heads[1])]
+    inputs = [torch.randn(shape, device=setting.device, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    layer = nn.Module()
+    layer.num_key_value_groups, layer.is_causal = heads[0] // heads[1], True  # type: ignore[assignment]
+
+    def outcome(lists: bool) -> list[Tensor]:
+        with mock.patch.object(attention, "_takes_lists", lambda _: lists):
+            output, _ = attention.packed_attention(layer, *inputs, None, segments=batch.segments, scaling=width**-0.5)
+        return [output, *torch.autograd.grad(output.square().sum(), inputs)]
+
+    figures: Figures = {"padded_seconds": seconds_of(lambda: outcome(False), setting), "flash_attn": None}
+    if setting.on_gpu and attention.flash_attn_varlen_func is not None:
+        figures["flash_attn"] = importlib.metadata.version("flash-attn")
+        figures["lists_seconds"] = seconds_of(lambda: outcome(True), setting)
+        pairs = zip(outcome(True), outcome(False), strict=True)
+        figures["relative_difference"] = max(relative(mine, theirs.double()) for mine, theirs in pairs)
+    return figures
 
 
 # The step
