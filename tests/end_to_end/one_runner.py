@@ -1,14 +1,16 @@
-"""What each of two processes does in test_adapter_v2.py: decode the same requests with one of vLLM's two model runners.
+"""What each process does in test_adapter_v2.py: decode the same requests with one of vLLM's two model runners.
 
-    python -m tests.end_to_end.one_runner v1|v2 <model folder> <output folder>
+    python -m tests.end_to_end.one_runner v1|v2|v2_kernels <model folder> <output folder>
 
-V2's kernels are Triton's. Here its interpreter runs them, as what vLLM takes for a CPU backend of Triton.
+V2's kernels are Triton's. Here its interpreter runs them, as what vLLM takes for a CPU backend of Triton. v2_kernels also decodes
+as on a GPU: with softrl's own kernels and buffers of fixed size.
 """
 
 import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,9 +150,17 @@ def cases() -> dict[str, list[tuple[list[SampleRequest], list[int]]]]:
     }
 
 
-def main(model_dir: str, out: Path) -> None:
+def cases_of_kernels() -> dict[str, list[tuple[list[SampleRequest], list[int]]]]:
+    """One of each mode, undisturbed and reset. In the interpreter a step takes a second."""
+    drawn = [replace(request, record_full=request.mode is not Mode.hard) for request in requests()[:AT_ONCE]]
+    return {"calm": [(drawn, [])], "reset": [(drawn, [4, 5, 11])]}
+
+
+def main(runner: str, model_dir: str, out: Path) -> None:
     engine, seen = Engine(model_dir), {}
-    for case, batches in cases().items():
+    if runner == "v2_kernels":
+        decode_as_on_a_gpu(engine.decoder)
+    for case, batches in (cases_of_kernels() if runner == "v2_kernels" else cases()).items():
         engine.seen |= dict.fromkeys(engine.seen, 0)
         for i, (batch, reset_at) in enumerate(batches):
             (out / f"{case}{i}.safetensors").write_bytes(engine.decode(case, batch, reset_at))
@@ -177,9 +187,23 @@ def as_on_a_gpu() -> None:
     current_platform.check_and_update_config = check_asynchronous
 
 
+def decode_as_on_a_gpu(decoder: Any) -> None:
+    """Gives a decoder on the CPU the operations that it has on CUDA, and the kernel that replays."""
+    from kernels import triton_soft_embedding
+    from rollout import vocab_rows
+    from rollout.row_ops import FixedOps
+
+    def rebuild(ids: Any, probs: Any, offsets: Any, embedding: Any, *keys_and_dtype: Any) -> Any:
+        *keys, dtype = keys_and_dtype
+        return triton_soft_embedding.rebuild(ids, probs, offsets, embedding, *(key.contiguous() for key in keys), dtype)
+
+    decoder.ops = FixedOps(decoder.arena, decoder.embedding, len(decoder.phase), decoder.vocab_size)
+    vocab_rows.rebuild = rebuild
+
+
 if __name__ == "__main__":
     runner, model_dir, folder = sys.argv[1:]
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-    if runner == "v2":
+    if runner != "v1":
         as_on_a_gpu()
-    main(model_dir, Path(folder))
+    main(runner, model_dir, Path(folder))

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,17 @@ class Decoded:
 @pytest.fixture(scope="module")
 def decoded(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Decoded]]:
     out = {runner: tmp_path_factory.mktemp(runner) for runner in RUNNERS}
+    run_runners(tiny_llama, out)
+    yield {runner: read(folder, CASES) for runner, folder in out.items()}
+
+
+def run_runners(model: Path, out: dict[str, Path]) -> None:
+    """Each into its folder, side by side."""
     environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     running: dict[str, subprocess.Popen[str]] = {}
     try:
-        for runner in RUNNERS:  # side by side
-            command = [sys.executable, "-m", "tests.end_to_end.one_runner", runner, str(tiny_llama), str(out[runner])]
+        for runner, folder in out.items():
+            command = [sys.executable, "-m", "tests.end_to_end.one_runner", runner, str(model), str(folder)]
             running[runner] = subprocess.Popen(
                 command, cwd=Path(__file__).parents[2], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
@@ -51,12 +57,11 @@ def decoded(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     finally:
         for process in running.values():
             process.kill()
-    yield {runner: read(folder) for runner, folder in out.items()}
 
 
-def read(folder: Path) -> Decoded:
-    records: dict[str, dict[str, SlotRecord]] = {case: {} for case in CASES}
-    for case in CASES:
+def read(folder: Path, cases: Iterable[str]) -> Decoded:
+    records: dict[str, dict[str, SlotRecord]] = {case: {} for case in cases}
+    for case in cases:
         for file in folder.glob(f"{case}*.safetensors"):
             records[case] |= unpack_records(file.read_bytes())
     return Decoded(records=records, **json.loads((folder / "seen.json").read_text()))
@@ -101,3 +106,17 @@ def test_what_the_cases_stand_for_did_happen(decoded: dict[str, Decoded]) -> Non
 
 def test_vllms_own_sampler_serves_the_other_requests(decoded: dict[str, Decoded]) -> None:
     assert decoded["v1"].plain == decoded["v2"].plain
+
+
+@pytest.mark.study
+def test_with_the_kernels_of_a_gpu_a_trajectory_is_the_undisturbed_one_bit_for_bit(tiny_llama: Path, tmp_path: Path) -> None:
+    run_runners(tiny_llama, {"v2_kernels": tmp_path})
+    one = read(tmp_path, ("calm", "reset"))
+    assert not any(one.seen["calm"].values()) and all(one.seen["reset"].values())
+    assert one.records["calm"].keys() == one.records["reset"].keys() == {"0", "1", "2"}
+    for index, known in one.records["calm"].items():
+        found = one.records["reset"][index]
+        for name in ("shadow_ids", "answer_ids", "answer_logprobs", "stop_code", "prefill_kind", "dropped_mass", "soft_embeddings"):
+            assert np.array_equal(getattr(found, name), getattr(known, name)), (index, name)
+        for name in ("ids", "probs", "offsets"):
+            assert np.array_equal(getattr(found.support, name), getattr(known.support, name)), (index, name)
