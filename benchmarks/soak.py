@@ -1,6 +1,6 @@
 """Soak: thousands of requests from callers of every kind, and pushes in the middle, against one small engine.
 
-    python -m benchmarks.soak [--requests 10000] [--seed 0]    prints one JSON line; exit code 1 when a check fails
+    python -m benchmarks.soak [--requests 10000] [--seed 0] [--json FILE]    prints one JSON line; exit code 1 when a check fails
 
     callers    whole      take every trajectory
                cancelled  call off what they asked for, at some moment (ray.cancel)
@@ -10,7 +10,7 @@
     pushes     of the weights that are there already, every so often, requests in flight replayed from their records
 
 Checked: every trajectory that a caller waited for came, once, and is the one asked for; at the end nothing is in flight, no slot is
-held, no record waits; the memory of vLLM's processes is what it was when a fifth of the requests had passed.
+held, no record waits; the memory of the engine's processes is what it was when a fifth of the requests had passed.
 """
 
 import argparse
@@ -40,7 +40,8 @@ CALL_SIZES = (1, 8)  # requests of one call, from and to
 KINDS = {"whole": 0.7, "cancelled": 0.18, "dropped": 0.12}  # of callers; and every so often one is killed, which takes seconds
 KILLED_EVERY, PUSH_EVERY = 200, 25  # calls
 PROMPTS = [np.random.default_rng(i).integers(3, 40_000, 6 + 7 * i, dtype=np.int32) for i in range(8)]
-MEMORY_GROWTH = 0.05  # of the resident memory after warm-up
+MEMORY_SAMPLES = 10
+MEMORY_GROWTH = 0.05  # of the resident memory after a fifth of the requests
 DEADLINE_S = 600.0
 
 SMALL = [
@@ -85,7 +86,7 @@ class Soak:
     async def run(self, requests: int) -> dict[str, Any]:
         """Send the requests and wait for all callers; the figures of the JSON line."""
         room, callers = asyncio.Semaphore(AT_ONCE), set[asyncio.Task[None]]()
-        begun, warm = time.monotonic(), 0.0
+        begun, resident = time.monotonic(), list[float]()
         while self.tally.requests < requests:
             wanted = self._requests(min(self.chance.randint(*CALL_SIZES), requests - self.tally.requests))
             for _ in wanted:
@@ -99,20 +100,20 @@ class Soak:
                 failed.result()
             if self.calls % PUSH_EVERY == 0:
                 await asyncio.to_thread(self._push)
-            if not warm and self.tally.requests >= requests // 5:
-                warm = resident_mib(self.report["pid"])
+            if self.tally.requests >= (len(resident) + 1) * requests / MEMORY_SAMPLES:
+                resident.append(resident_mib(self.report["pid"]))
         await asyncio.gather(*callers)
         held = await self._held_at_rest()
-        end = resident_mib(self.report["pid"])
+        resident.append(resident_mib(self.report["pid"]))
         tally = vars(self.tally)
-        growth = end / warm - 1
+        growth = resident[-1] / resident[MEMORY_SAMPLES // 5 - 1] - 1
         leaked = held["in_flight"] + held["slots_used"] + held["records_untaken"]
         bad = self.tally.lost + self.tally.doubled + self.tally.wrong
         return {
             **tally,
             "seconds": round(time.monotonic() - begun, 1),
             **held,
-            "resident_mib": {"warm": round(warm), "end": round(end)},
+            "resident_mib": [round(mib) for mib in resident],  # after each tenth of the requests, and at rest
             "memory_growth": round(growth, 4),
             "ok": not bad and not leaked and growth <= MEMORY_GROWTH,
         }
@@ -206,9 +207,10 @@ class Caller:
 
 
 def resident_mib(pid: int) -> float:
-    """Resident memory of vLLM's engine process and its workers."""
-    process = psutil.Process(pid)
-    return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)]) / 2**20
+    """Resident memory of the engine's actor, of vLLM's engine process `pid` that it started, and of that one's workers."""
+    actor = psutil.Process(pid).parent()
+    assert actor is not None
+    return sum(p.memory_info().rss for p in [actor, *actor.children(recursive=True)]) / 2**20
 
 
 def soak(requests: int, seed: int = 0) -> dict[str, Any]:
@@ -226,10 +228,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     arguments = parser.parse_args()
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     figures = soak(arguments.requests, arguments.seed)
     print(json.dumps(figures))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     raise SystemExit(0 if figures["ok"] else 1)
 
 
