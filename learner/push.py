@@ -2,7 +2,7 @@
 
     rank 0..n-1  gather each tensor in the same order (a collective)
     rank 0       start_weight_update -> send -> finish_weight_update(version)   through EngineClient, to all engines at once
-    verify       engine log-probs of fixed tokens against the learner's
+    verify       checksums of the tensors that an engine can read, and its log-probs of fixed tokens, against the learner's
 
 Both backends are vLLM weight-transfer engines: its own NCCL engine, or shared memory (the receiver is rollout.weight_transfer).
 The version rises in `finish_weight_update` and nowhere else, so an engine never claims weights that it does not hold.
@@ -85,6 +85,10 @@ class EngineClient:
         """Per engine, the log-probs of each sequence."""
         return self._all("token_logprobs", [(sequences,)] * len(self.engines))
 
+    def weight_checksums(self, shapes: dict[str, list[int]]) -> list[list[dict[str, str]]]:
+        """Per engine and worker, the checksums of the tensors that it holds as they were sent."""
+        return self._all("weight_checksums", [(shapes,)] * len(self.engines))
+
     def _all(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
         refs = [getattr(engine, method).remote(*args) for engine, args in zip(self.engines, arguments, strict=True)]
         try:
@@ -164,7 +168,7 @@ class SharedMemoryTrainer(TrainerWeightTransferEngine[SharedMemoryTrainerInfo]):
 
 
 class Pusher:
-    """One per learner rank. Every rank calls `push`; only rank 0 talks to the engines."""
+    """One per learner rank. Every rank calls `push` and `verify`; only rank 0 talks to the engines."""
 
     def __init__(
         self,
@@ -183,8 +187,8 @@ class Pusher:
         self.client = EngineClient(engines, workers_per_engine, timeout_s)
         self.engine_dtype = engine_dtype
         self.bytes = sum(shape.numel() for _, shape in metas) * dtype.itemsize
-        source = LearnerSource([ParamMeta(name, dtype, tuple(shape)) for name, shape in metas], lambda: tensors(dtype))
-        self.trainer = _trainer(backend, rank, self.client, source)
+        self.source = LearnerSource([ParamMeta(name, dtype, tuple(shape)) for name, shape in metas], lambda: tensors(dtype))
+        self.trainer = _trainer(backend, rank, self.client, self.source)
 
     def push(self, version: int) -> PushReport:
         """Send the current weights as `version`. Raises RunError when it does not arrive whole or in time."""
@@ -195,7 +199,13 @@ class Pusher:
         return PushReport(time.perf_counter() - begun, pause, self.bytes)
 
     def verify(self, sequences: list[NDArray[np.int32]], mine: list[NDArray[np.float32]], version: int) -> float:
-        """The distance between the engines' log-probs of fixed tokens and the learner's. Raises RunError beyond TOLERANCE."""
+        """The distance between the engines' log-probs of fixed tokens and the learner's; 0 on the ranks that do not ask.
+
+        Raises RunError beyond TOLERANCE, and for a tensor of which an engine holds other bytes than the learner.
+        """
+        self._compare_bytes(version)
+        if self.rank != 0:
+            return 0.0
         statistic, limit = TOLERANCE[self.engine_dtype]
         worst = 0.0
         for index, theirs in enumerate(self.client.token_logprobs(sequences)):
@@ -208,6 +218,23 @@ class Pusher:
                 )
             worst = max(worst, distance)
         return worst
+
+    def _compare_bytes(self, version: int) -> None:
+        """Every rank joins the gathers. Weights that an engine's kernels have packed, or its ranks have split, are not compared."""
+        if self.rank != 0:
+            for _ in self.source:
+                pass
+            return
+        engines = self.client.weight_checksums({meta.name: list(meta.shape) for meta in self.source.metadata()})
+        read = {name for workers in engines for held in workers for name in held}
+        mine = {name: tensor_checksum(tensor) if name in read else "" for name, tensor in self.source}
+        for index, workers in enumerate(engines):
+            wrong = sorted({name for held in workers for name, checksum in held.items() if checksum != mine[name]})
+            if wrong:
+                raise RunError(
+                    f"push: weight version {version} is wrong in engine {index}: {wrong[0]} is not the learner's "
+                    f"({len(wrong)} of {len(read)} tensors that can be compared); the engine does not hold the learner's weights"
+                )
 
 
 def _trainer(backend: PushBackend, rank: int, client: EngineClient, source: LearnerSource) -> Any:

@@ -323,6 +323,10 @@ class RolloutEngine:
         except TimeoutError:
             raise RunError(f"{self.name}: a weight update is open for over push.timeout_s = {deadline_s:g}") from None
 
+    async def weight_checksums(self, shapes: dict[str, list[int]]) -> list[dict[str, str]]:
+        """Of each worker: the checksums (rollout.checksums) of those tensors of a checkpoint that it can read."""
+        return list(await self._rpc("softrl_checksums", shapes))
+
     async def token_logprobs(self, sequences: list[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
         """Log-probs [T-1] of tokens 1 .. T-1 of each sequence, by an ordinary vLLM prefill that bypasses the prefix cache."""
         return list(await asyncio.gather(*(self._process.answer(self._score(ids)) for ids in sequences)))

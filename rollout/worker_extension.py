@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from configs.errors import InputError
 from rollout.adapters import attach, require_compatible
+from rollout.checksums import readable_tensors, tensor_checksum
 from rollout.soft_decoding import SoftDecoder
 from rollout.step_profile import StepProfile
 from rollout.token_tables import build_token_tables, silent_id
@@ -48,6 +49,10 @@ class SoftWorkerExtension:
             if decoder.overlaid[slot]:
                 newest = int(decoder.cot_length[slot]) - 1
                 decoder.next_input[slot] = decoder.replay(slot, newest, newest + 1)[1][0]
+
+    def softrl_checksums(self, shapes: dict[str, list[int]]) -> dict[str, str]:
+        """Checksums of the tensors of a checkpoint, of these names and shapes, that this worker holds as they came."""
+        return {name: tensor_checksum(tensor) for name, tensor in readable_tensors(self.model_runner.get_model(), shapes)}
 
     def softrl_profile(self, on: bool) -> str:
         """Begin to time the steps of this worker, or end it: then JSON, see StepProfile.stop."""

@@ -140,10 +140,22 @@ def test_a_push_that_swapped_two_tensors_is_caught(rig: Rig) -> None:
     weights = rig.checkpoint_tensors()
     one, other = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"
     rig.push_tensors(list(weights), weights | {one: weights[other], other: weights[one]})
-    with pytest.raises(RunError, match="log-prob difference"):
+    with pytest.raises(RunError, match="weight version 4 is wrong in engine 0"):
         rig.call(rig.learner.verify.remote(4))
     rig.call(rig.learner.push.remote(5))
     assert rig.call(rig.learner.verify.remote(5)) <= 1e-4
+
+
+def test_a_push_of_which_one_bit_came_out_otherwise_is_caught(rig: Rig) -> None:
+    """By too little for the log-probs of fixed tokens to show it."""
+    weights = rig.call(rig.learner.__ray_call__.remote(lambda rank: dict(rank.learner.full_tensors(torch.float32))))
+    name = "model.layers.1.input_layernorm.weight"
+    flipped = weights[name].view(torch.int32).bitwise_xor(1).view(torch.float32)
+    rig.push_tensors(list(weights), weights | {name: flipped})
+    with pytest.raises(RunError, match=f"weight version 6 is wrong in engine 0: {name} is not the learner's \\(1 of "):
+        rig.call(rig.learner.verify.remote(6))
+    rig.push_tensors(list(weights), weights)
+    assert rig.call(rig.learner.verify.remote(6)) <= 1e-4
 
 
 def test_prompt_that_does_not_fit_is_named(rig: Rig) -> None:
