@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,18 @@ def tiny_config(model_dir: Path, *overrides: str) -> Config:
 @pytest.fixture(scope="module")
 def rig(request: pytest.FixtureRequest, ray_cluster: None, tiny_llama: Path) -> Iterator[Rig]:
     """With the config overrides that the test module lists under the name RIG."""
-    config = tiny_config(tiny_llama, *getattr(request.module, "RIG", ()))
-    with placed(config, str(tiny_llama)) as cluster, Scorer(workers=1) as scorer:
+    with started(tiny_llama, *getattr(request.module, "RIG", ())) as rig:
+        yield rig
+
+
+@contextmanager
+def started(model_dir: Path, *overrides: str) -> Iterator[Rig]:
+    """An engine and a learner of this model, connected. Needs Ray."""
+    config = tiny_config(model_dir, *overrides)
+    with placed(config, str(model_dir)) as cluster, Scorer(workers=1) as scorer:
         engine, learner = cluster.engines[0], cluster.learners[0]
-        rollouts, report = start(config, tiny_llama, cluster, scorer)
-        rig = Rig(config, tiny_llama, engine, learner, report, rollouts)
+        rollouts, report = start(config, model_dir, cluster, scorer)
+        rig = Rig(config, model_dir, engine, learner, report, rollouts)
         fixed = [rollouts.prompt_ids(problem) for problem in problems(4)]
         rig.call(learner.connect.remote([engine], fixed))
         yield rig
