@@ -31,7 +31,7 @@ from configs.schema import TAU_OF_MODE, Config, Mode
 from rollout.files import replace_file
 from rollout.models import load_tokenizer, resolve_model
 from rollout.prompt import PREFILL_AT_LIMIT, render
-from rollout.step_profile import ADVANCE, OVERLAY, STEP
+from rollout.step_profile import ADVANCE, MIX, NOISE, OVERLAY, STEP
 from rollout.tasks import load_task
 from rollout.trajectory import SampleRequest, Trajectory
 
@@ -115,7 +115,8 @@ def print_bench(figures: dict[str, Any], console: Console | None = None) -> None
     for mode, part in figures.get("profile", {}).items():
         console.print(
             f"softrl's share of a {mode} step {part['hook_share']:.1%}: {part['advance_ms']:.2f} ms from logits to the next input, "
-            f"{part['overlay_ms']:.2f} ms to lay it over, of {part['step_ms']:.1f} ms",
+            f"{part['overlay_ms']:.2f} ms to lay it over, of {part['step_ms']:.1f} ms; mixtures {part['mixture_share']:.1%}, "
+            f"noise {part['noise_ms'] / part['step_ms']:.1%}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
 
@@ -151,14 +152,18 @@ def _alternate(
 
 
 def _profile(engine: Any, config: Config, prompts: list[list[int]], sigma: float) -> dict[str, dict[str, float]]:
-    """By mode: milliseconds of a step and of softrl's two hooks in it, and the share of both."""
+    """By mode: milliseconds of a step and of its parts (rollout.step_profile), the share of softrl's two hooks and of mixing."""
     found = {}
     for mode in (_soft_mode(config), Mode.hard):
         ray.get(engine.profile.remote(True))
         _batch(engine, _requests(config, mode, prompts, sigma, config.policy.max_cot_tokens, seed=0))
         spent = ray.get(engine.profile.remote(False))
-        parts = {f"{part}_ms": 1000 * spent[part] / spent["steps"] for part in (STEP, OVERLAY, ADVANCE)}
-        found[str(mode)] = {**parts, "hook_share": (spent[OVERLAY] + spent[ADVANCE]) / spent[STEP], "steps": spent["steps"]}
+        parts = {f"{part}_ms": 1000 * spent[part] / spent["steps"] for part in (STEP, OVERLAY, ADVANCE, MIX, NOISE)}
+        shares = {
+            "hook_share": (spent[OVERLAY] + spent[ADVANCE]) / spent[STEP],
+            "mixture_share": (spent[MIX] - spent[NOISE]) / spent[STEP],
+        }
+        found[str(mode)] = {**parts, **shares, "steps": spent["steps"]}
     return found
 
 

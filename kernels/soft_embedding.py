@@ -35,7 +35,7 @@ from kernels.noise import STREAM_SOFT, normal_rows
 from kernels.segments import entry_dots, segment_max, segment_sum, weighted_rows
 
 TILE = 64  # logits per tile of the first level
-SCAN_ELEMENTS = 1 << 18  # logits whose softmax is alive at once on a CPU: stays in a core's cache
+SCAN_ELEMENTS = 1 << 19  # logits whose softmax is alive at once on a CPU: stays in cache, and costs few calls
 GATHER_ENTRIES = 1 << 12  # head rows gathered at once when rescoring
 MIX_ENTRIES = 1 << 16  # embedding rows gathered at once when mixing (whole rows of the batch, at least one)
 RMS_ROWS = 1 << 13  # embedding rows squared at once

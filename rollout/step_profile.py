@@ -2,7 +2,9 @@
 
     step      vLLM's model runner from the scheduler's output to the sampled ids, of which
     overlay     the soft rows over the embeddings of the ids that stand in for them
-    advance     from the logits to the next input, and the record
+    advance     from the logits to the next input, and the record, of which
+      mix         the supports and mixtures of soft rows, their noise included, and
+      noise         the noise alone (nothing on a GPU, where one kernel makes both)
 
 On a GPU each of these waits for the device before and after, so a profiled step is slower than the same step unwatched, by what
 the host and the device would have done side by side; the shares are those of the work itself.
@@ -15,7 +17,9 @@ from typing import Any
 
 import torch
 
-STEP, OVERLAY, ADVANCE = "step", "overlay", "advance"
+from kernels import soft_embedding
+
+STEP, OVERLAY, ADVANCE, MIX, NOISE = "step", "overlay", "advance", "mix", "noise"
 
 
 class StepProfile:
@@ -23,20 +27,26 @@ class StepProfile:
 
     def __init__(self, runner: Any) -> None:
         self.steps = 0
-        self.seconds = dict.fromkeys((STEP, OVERLAY, ADVANCE), 0.0)
+        self.seconds = dict.fromkeys((STEP, OVERLAY, ADVANCE, MIX, NOISE), 0.0)
         self._watched = [
             (runner, "execute_model", STEP),
             (runner, "sample_tokens", STEP),
             (runner.softrl, "overlay", OVERLAY),
             (runner.softrl, "advance", ADVANCE),
+            (runner.softrl.decoder.ops, "mix", MIX),
+            (soft_embedding, "normal_rows", NOISE),
         ]
+        self._own = [vars(target).get(method) for target, method, _ in self._watched]
         for target, method, part in self._watched:
             setattr(target, method, self._timed(getattr(target, method), part))
 
     def stop(self) -> dict[str, float]:
         """Leave the runner as it was: the number of its `steps` that decoded, and seconds in all by part."""
-        for target, method, _ in self._watched:
-            delattr(target, method)  # uncovers the class's own
+        for (target, method, _), own in zip(self._watched, self._own, strict=True):
+            if own is None:
+                delattr(target, method)  # uncovers the class's
+            else:
+                setattr(target, method, own)
         return {"steps": self.steps, **self.seconds}
 
     def _timed(self, method: Callable[..., Any], part: str) -> Callable[..., Any]:
