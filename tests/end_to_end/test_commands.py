@@ -34,9 +34,12 @@ def test_learning_rate_zero_moves_nothing_and_ctrl_c_leaves_a_run(folder: Path, 
 
 
 def test_bench_writes_the_ratios(folder: Path, tiny_llama: Path) -> None:
-    softrl(folder, readme("bench", "--json"), "--sequences", "4", f"model.path={tiny_llama}")
+    softrl(folder, readme("bench", "--json"), "--profile", "--sequences", "4", f"model.path={tiny_llama}")
     figures = json.loads((folder / "rollout.json").read_text())
     assert all(figures[key] > 0 for key in ("soft_over_hard", "soft_over_plain_loop", "soft_tokens_per_s", "hard_tokens_per_s"))
+    soft, hard = figures["profile"]["soft"], figures["profile"]["hard"]
+    assert 0 < soft["noise_ms"] < soft["mix_ms"] < soft["advance_ms"] < soft["step_ms"] and soft["overlay_ms"] > 0
+    assert hard["noise_ms"] == 0 < hard["advance_ms"]
 
 
 def test_the_other_commands_of_the_readme(folder: Path) -> None:
