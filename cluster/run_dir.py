@@ -28,7 +28,7 @@ from configs.errors import InputError, RunError
 from configs.load import LEAVES, dump_config, load_config
 from configs.schema import Config
 from learner.checkpoint import FOLDER as CHECKPOINTS
-from learner.checkpoint import latest
+from learner.checkpoint import latest, recover
 from rollout.files import cannot_write, replace_file
 
 CONFIG, METRICS, SUPERSEDED = "config.yaml", "metrics.jsonl", "metrics.superseded.jsonl"
@@ -71,6 +71,9 @@ class RunDir:
             raise cannot_write(folder, error) from error
         events = JsonLines(folder / EVENTS)
         events.lock()
+        if resume:
+            recover(folder)
+            checkpoint = latest(folder)
         moved = _supersede(folder, _steps_done(checkpoint))
         replace_file(folder / CONFIG, lambda partial: partial.write_text(dump_config(config)))
         run = cls(folder, not resume, checkpoint, events, MetricsLog(folder / METRICS))

@@ -3,14 +3,19 @@
     runs/NAME/checkpoints/step_000040/   *.distcp, .metadata    model, AdamW moments, step, by torch.distributed.checkpoint
                                          controller.json        what the controller needs to go on: data order, versions
 
-A checkpoint is written into a hidden folder beside it and renamed when every rank is done, so a name that matches `step_*` is
+A checkpoint is written into a hidden folder beside it and renamed when every rank is done, so a name without a dot in front is
 always a whole checkpoint. It holds full tensors by name: any number of ranks can read it.
+
+    .NAME.partial    a checkpoint being written              a kill leaves it: removed by the next save of NAME, or `recover`
+    .NAME.replaced   the one before, until NAME is there     a kill leaves it: NAME again if there is none, else removed
+    .NAME.deleted    one being deleted by `prune`            a kill leaves it: removed
 """
 
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +46,13 @@ def save(folder: Path, step: int, model: nn.Module, optimiser: torch.optim.Optim
     partial = folder.with_name(f".{folder.name}.partial")
     controller_json = json.dumps(dict(controller))
     try:
-        _on_first_rank(lambda: _fresh(partial))
+        _on_first_rank(lambda: _fresh(partial, folder))
         dcp.save(_state(model, optimiser, step), checkpoint_id=partial)
         _on_first_rank(lambda: _publish(partial, folder, controller_json))
     except (CheckpointException, OSError, RuntimeError) as error:
         if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):
+                _recover(folder)
         raise RunError(f"{folder}: could not write the checkpoint ({cause(error)}); free some space and --resume") from error
 
 
@@ -70,13 +76,21 @@ def latest(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def recover(run_dir: Path) -> None:
+    """Clears up after broken-off writes, of every checkpoint of the run: what was whole before is whole again. One process, while
+    no other saves or prunes."""
+    for name in {path.name[1:].rpartition(".")[0] for path in _hidden(run_dir / FOLDER, "*")}:
+        _recover(run_dir / FOLDER / name)
+
+
 def prune(run_dir: Path, keep: int) -> list[Path]:
     """Deletes all but the newest `keep` checkpoints, and what broken-off writes left; returns the deleted ones. One process."""
+    recover(run_dir)
     doomed = _whole(run_dir)[: -keep or None]
     for checkpoint in doomed:
-        checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.deleted"))  # never a half-deleted `step_*`
-    for leftover in (run_dir / FOLDER).glob(".step_*"):
-        shutil.rmtree(leftover)
+        deleted = checkpoint.with_name(f".{checkpoint.name}.deleted")
+        checkpoint.rename(deleted)  # never a half-deleted `step_*`
+        shutil.rmtree(deleted)
     return doomed
 
 
@@ -100,9 +114,27 @@ def _require_whole(checkpoint: Path) -> None:
             raise InputError(f"{checkpoint}: no {name}, so not a checkpoint; expected e.g. RUN/{FOLDER}/step_000040")
 
 
-def _fresh(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def _hidden(folder: Path, name: str) -> list[Path]:
+    """What writes of checkpoint `name` have under way in a checkpoints folder."""
+    return [path for suffix in ("partial", "replaced", "deleted") for path in folder.glob(f".{name}.{suffix}")]
+
+
+def _recover(final: Path) -> None:
+    """Leaves of a checkpoint's name nothing but the whole checkpoint, if there was one."""
+    replaced = _replaced(final)
+    if replaced.exists() and not final.exists():  # killed between the two renames of `_publish`
+        replaced.rename(final)
+    for leftover in _hidden(final.parent, final.name):
+        shutil.rmtree(leftover)
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(f".{final.name}.replaced")
+
+
+def _fresh(partial: Path, final: Path) -> None:
+    _recover(final)
+    partial.mkdir(parents=True)
 
 
 def _publish(partial: Path, final: Path, controller_json: str) -> None:
@@ -110,13 +142,10 @@ def _publish(partial: Path, final: Path, controller_json: str) -> None:
         file.write(controller_json)
         file.flush()
         os.fsync(file.fileno())
-    if final.exists():  # the same step again, after a resume from an older one
-        replaced = final.with_name(f".{final.name}.deleted")
-        final.rename(replaced)
-        partial.rename(final)
-        shutil.rmtree(replaced)
-    else:
-        partial.rename(final)
+    if final.exists():  # the best one, or the same step again after a resume from an older one
+        final.rename(_replaced(final))
+    partial.rename(final)
+    _recover(final)
 
 
 def _on_first_rank(act: Callable[[], None]) -> None:

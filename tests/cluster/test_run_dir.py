@@ -141,6 +141,17 @@ def test_a_half_written_checkpoint_is_not_one(recipe: Path) -> None:
         assert run.step == 3
 
 
+def test_resume_finds_a_checkpoint_that_a_kill_left_moved_aside(recipe: Path) -> None:
+    config = load_config(recipe)
+    folder = interrupted(config, at=3, rows=5)
+    whole = folder / "checkpoints" / "step_000003"
+    whole.rename(whole.with_name(".step_000003.replaced"))
+    (whole.parent / ".step_000003.partial").mkdir()
+    with RunDir.create(config, resume=True) as run:
+        assert run.step == 3 and run.resume_from == whole
+    assert list(whole.parent.iterdir()) == [whole]
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from configs.errors import InputError, RunError
 from configs.schema import Config, Dtype, Mode
 from learner import export as export_module
-from learner.checkpoint import latest, prune, step_folder
+from learner.checkpoint import latest, prune, recover, step_folder
 from learner.export import export
 from learner.learner import Learner
 from rollout.trajectory import Group
@@ -105,6 +107,69 @@ def test_saving_a_step_again_replaces_it(tied_dir: Path, tmp_path: Path) -> None
     learner = trained(tied_dir, tmp_path)
     learner.save(step_folder(tmp_path, 1), {"next_prompt": 99})
     assert start(tied_dir).load(step_folder(tmp_path, 1)) == {"next_prompt": 99}
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+
+
+class Killed(BaseException):
+    """What no handler of the code under test takes for an error."""
+
+
+@pytest.mark.parametrize(("moment", "stays"), [("before the first rename", 1), ("between the renames", 1), ("while removing", 2)])
+@pytest.mark.parametrize("resumed", [True, False])
+def test_a_kill_while_a_checkpoint_is_replaced_costs_none(
+    tied_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, stays: int, resumed: bool
+) -> None:
+    learner, best = start(tied_dir), tmp_path / "checkpoints" / "best"
+    learner.save(best, {"save": 1})
+    rename = Path.rename
+
+    def killed_at(path: Path, target: Path) -> Path:
+        if {best: "before the first rename", best.with_name(".best.partial"): "between the renames"}.get(path) == moment:
+            raise Killed
+        return rename(path, target)
+
+    def half_removed(path: Path) -> None:
+        next(path.glob("*.distcp")).unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed_at)
+        patch.setattr(shutil, "rmtree", half_removed)
+        with pytest.raises(Killed):
+            learner.save(best, {"save": 2})
+    assert len(list(best.parent.iterdir())) == 2  # something was left behind
+    if resumed:
+        recover(tmp_path)
+        assert start(tied_dir).load(best) == {"save": stays}
+        assert [path.name for path in best.parent.iterdir()] == ["best"]
+    learner.save(best, {"save": 3})
+    assert start(tied_dir).load(best) == {"save": 3}
+    assert [path.name for path in best.parent.iterdir()] == ["best"]
+
+
+def test_a_rename_that_fails_leaves_the_old_checkpoint(tied_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, best = start(tied_dir), tmp_path / "checkpoints" / "best"
+    learner.save(best, {"save": 1})
+    rename = Path.rename
+
+    def second_fails(path: Path, target: Path) -> Path:
+        if path.name == ".best.partial":
+            raise OSError("Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", second_fails)
+    with pytest.raises(RunError, match="best: could not write the checkpoint"):
+        learner.save(best, {"save": 2})
+    assert start(tied_dir).load(best) == {"save": 1}
+    assert [path.name for path in best.parent.iterdir()] == ["best"]
+
+
+def test_a_half_deleted_checkpoint_is_never_restored(tied_dir: Path, tmp_path: Path) -> None:
+    trained(tied_dir, tmp_path)
+    deleted = tmp_path / "checkpoints" / ".step_000000.deleted"  # a kill while `prune` removed it
+    shutil.copytree(step_folder(tmp_path, 1), deleted)
+    (deleted / "__0_0.distcp").unlink()
+    recover(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
 
 
