@@ -8,6 +8,7 @@ Each row comes with its place, for error messages.
 
 import gzip
 import json
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 from configs.errors import InputError
 
 FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+
+ID_FIELDS = ("id", "unique_id")  # what data sets call the name of a row
 
 Row = tuple[str, Mapping[str, Any]]  # (where it stands; the fields)
 
@@ -44,6 +47,21 @@ def hub_rows(path: str, config: str | None) -> dict[str, Iterator[Row]]:
             "download it and give {path: FILE.jsonl, question: FIELD, answer: FIELD}"
         ) from error
     return {name: ((f"{path} [{name}]: row {n}", row) for n, row in enumerate(rows)) for name, rows in splits.items()}
+
+
+def repeated_id(where: str, row: Mapping[str, Any], places: dict[str, str]) -> str | None:
+    """What is wrong with a row whose id was there before; `places` remembers where each stood first."""
+    for field in ID_FIELDS:
+        if row.get(field) is not None:
+            first = places.setdefault(f"{field} {row[field]!r}", where)
+            if first != where:
+                return f"{field} {row[field]!r} is also that of {first}"
+    return None
+
+
+def say(line: str) -> None:
+    """Show a line on standard error."""
+    print(f"softrl: {line}", file=sys.stderr, flush=True)
 
 
 def _text(path: Path) -> str:

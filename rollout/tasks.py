@@ -4,8 +4,8 @@
     "arithmetic:train?low=1&high=49"                     built in, generated (arithmetic.py)
     {path, question, answer[, split, config]}            a file or a hub id (rows.py); the names of the fields
 
-Whatever the source, the answer is what a grader compares: after `####` where a solution ends so (GSM8K), else the last
-\\boxed{...} (MATH), else the field itself.
+Whatever the source, the answer is what a grader compares: after `####` where a solution's last line says it so (GSM8K), else the
+last \\boxed{...} (MATH), else the field itself. `####` with a box behind it is a heading of Markdown.
 
 A set without a validation split of its own gets one, held out of `train` by the hash of the question (`hold_out`): the same
 problems in every run, whatever the order of the rows. A row that cannot be a problem stops the run when it is in a file, which
@@ -16,7 +16,6 @@ import difflib
 import hashlib
 import math
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +27,10 @@ import numpy as np
 from configs.errors import InputError
 from rollout import arithmetic
 from rollout.reward import extract_boxed
-from rollout.rows import FILE_SUFFIXES, Row, file_rows, hub_rows
+from rollout.rows import FILE_SUFFIXES, Row, file_rows, hub_rows, repeated_id, say
 
 HELD_OUT = 512  # problems of a training set that make its validation split, when it has no other
 LONGEST_ANSWER = 1000  # characters; what is longer is a solution, and nothing in it says which part to compare
-ID_FIELDS = ("id", "unique_id")  # what data sets call the name of a problem
 SURROGATE = re.compile("[\ud800-\udfff]")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 TASK_KEYS = {"path", "question", "answer", "split", "config"}
@@ -70,11 +68,6 @@ BUILT_IN = {
 }
 
 
-def say(line: str) -> None:
-    """Show a line on standard error."""
-    print(f"softrl: {line}", file=sys.stderr, flush=True)
-
-
 def load_task(spec: str | Mapping[str, Any], report: Report = say) -> list[Problem]:
     """All problems of a `task.*` value, in an order that never changes; `report` hears how many rows of a hub set were left out.
     InputError names the file, line and field at fault."""
@@ -106,9 +99,12 @@ def final_answer(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):  # a hole in a Parquet column
         return ""
     text = str(value)
-    if "####" in text:
-        return THOUSANDS.sub("", text.rpartition("####")[2]).strip()
-    boxed = extract_boxed(text)
+    _, mark, last = text.rpartition("####")
+    boxed = extract_boxed(last)
+    if boxed is None and "\n" in last.strip():  # no last line: a heading below the box
+        boxed = extract_boxed(text)
+    if mark and boxed is None:
+        return THOUSANDS.sub("", last).strip()
     text = text if boxed is None else boxed
     # Inside the box it is mathematics already: "$3$, $4$" -> "3, 4"; an escaped \$ is money and stays.
     return text.replace("\\$", "\0").replace("$", "").replace("\0", "\\$").strip()
@@ -207,7 +203,7 @@ def _pairs(rows: Iterable[Row], question: str, answer: str, unusable: Callable[[
     places: dict[str, str] = {}  # id -> where it stood first
     for where, row in rows:
         pair = _pair(where, row, question, answer)
-        if fault := _fault(pair, question, answer) or _repeated(where, row, places):
+        if fault := _fault(pair, question, answer) or repeated_id(where, row, places):
             unusable(f"{where}: {fault}")
         else:
             pairs.append(pair)
@@ -234,14 +230,4 @@ def _fault(pair: Pair, question: str, answer: str) -> str | None:
             return f"field {field!r} holds half a character (a lone UTF-16 surrogate)"
     if len(pair[1]) > LONGEST_ANSWER:
         return f"field {answer!r} holds {len(pair[1])} characters without \\boxed{{}} or ####: no final answer to compare with"
-    return None
-
-
-def _repeated(where: str, row: Mapping[str, Any], places: dict[str, str]) -> str | None:
-    """Whether the row's id was there before; `places` remembers it."""
-    for field in ID_FIELDS:
-        if row.get(field) is not None:
-            first = places.setdefault(f"{field} {row[field]!r}", where)
-            if first != where:
-                return f"{field} {row[field]!r} is also that of {first}"
     return None

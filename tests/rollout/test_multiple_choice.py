@@ -149,6 +149,21 @@ def test_a_row_that_is_no_item_is_refused_with_its_place(
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_an_id_that_was_there_before_is_refused(tmp_path: Path) -> None:
+    rows = [row for row, *_ in ARC]
+    with pytest.raises(InputError, match=r"rows.jsonl:3: id 'Mercury_1' is also that of .*rows.jsonl:1; mend the row or remove it"):
+        load_items("arc_easy", write(tmp_path / "rows.jsonl", *rows, rows[1] | {"id": "Mercury_1"}))
+
+
+def test_items_without_ids_that_repeat_are_counted_and_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    path = write(tmp_path / "rows.jsonl", *(row for row, *_ in MMLU), MMLU[0][0])
+    assert len(load_items("mmlu", path, said.append)) == 3  # as lm-eval counts them
+    assert said == [f"{path}: 1 of 3 items repeat another, and count as often as they stand there"]
+    load_items("mmlu", write(tmp_path / "rows.jsonl", *(row for row, *_ in MMLU)), said.append)
+    assert len(said) == 1
+
+
 def test_no_items_and_unknown_sets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no items of mmlu"):
         load_items("mmlu", write(tmp_path / "none.jsonl"))

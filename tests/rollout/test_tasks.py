@@ -176,6 +176,11 @@ def test_a_data_set_needs_its_three_keys(spec: dict[str, str], message: str) -> 
     [
         ("so 3.\n#### 1,234,567", "1234567"),
         ("so\n#### (1, 2), 1,000", "(1, 2), 1000"),
+        ("7 \\boxed{6}\n#### 7\n", "7"),
+        ("#### Final Answer\n\\boxed{7}", "7"),  # a heading of Markdown
+        ("#### Step 1\n3\n#### Step 2\nso $\\boxed{\\frac12}$.", "\\frac12"),
+        ("so \\boxed{7}.\n#### Remark\nIt is odd,\nand prime.", "7"),
+        ("so\n#### $\\boxed{7}$", "7"),
         ("thus $\\boxed{\\frac{1}{2}}$, not \\boxed{3", "\\frac{1}{2}"),
         ("it is $\\boxed 7$.", "7"),
         (["$69$", "$84$"], "69, 84"),
