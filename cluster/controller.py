@@ -262,18 +262,20 @@ def _right(row: dict[str, Any] | None) -> str:
 
 @contextmanager
 def recorded_end(run: RunDir) -> Iterator[None]:
-    """Leave status.json and events.jsonl saying how the run ended. Ctrl-C becomes a RunError that says how to go on."""
+    """Leave status.json and events.jsonl saying how the run ended. Ctrl-C becomes a RunError that says how to go on.
+
+    Bad input that shows before a new run has learned anything leaves no folder.
+    """
     try:
         yield
     except KeyboardInterrupt:
         run.event("interrupted")
         run.status("interrupted")
         raise Interrupted(f"{run.folder}: interrupted; go on with --resume") from None
-    except InputError:
-        if run.created:
-            run.discard()
-        raise
     except BaseException as error:
+        if isinstance(error, InputError) and run.created and not run.learned:
+            run.discard()
+            raise
         run.event("failed", reason=str(error).splitlines()[0] if str(error) else type(error).__name__)
         run.status("failed")
         raise

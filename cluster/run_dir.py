@@ -110,6 +110,11 @@ class RunDir:
         self._events.close()
 
     @property
+    def learned(self) -> bool:
+        """Whether there is a step's row or a checkpoint: work that nobody wants to lose."""
+        return self.checkpoints.exists() or (self.folder / METRICS).stat().st_size > 0
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints (learner.checkpoint), absent until the first is written."""
         return self.folder / CHECKPOINTS

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cluster.controller import recorded_end
 from cluster.run_dir import RunDir
 from cluster.waits import wait
 from configs.errors import InputError, RunError
@@ -198,6 +199,33 @@ def test_two_processes_cannot_write_to_one_run(recipe: Path) -> None:
         second = subprocess.run([sys.executable, "-c", other, str(recipe)], capture_output=True, text=True)
         assert "another process writes to this run" in second.stderr
     assert subprocess.run([sys.executable, "-c", other, str(recipe)]).returncode == 0
+
+
+# How a run ends
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(InputError("task: too long"), "task: too long"), (RunError("an engine died\nthere"), "an engine died")],
+)
+def test_a_resumed_run_says_how_it_ended(recipe: Path, error: Exception, reason: str) -> None:
+    folder = interrupted(load_config(recipe), at=3, rows=5)
+    with pytest.raises(type(error)), RunDir.create(load_config(recipe), resume=True) as run, recorded_end(run):
+        raise error
+    assert read_status(run)["state"] == "failed"
+    event = read_lines(folder / "events.jsonl")[-1]
+    assert (event["kind"], event["reason"]) == ("failed", reason)
+
+
+def test_bad_input_leaves_no_new_run_but_never_takes_what_was_learned(recipe: Path) -> None:
+    config = load_config(recipe)
+    with pytest.raises(InputError), RunDir.create(config, resume=False) as run, recorded_end(run):
+        raise InputError("model.path: no such model")
+    assert not run.folder.exists()
+    with pytest.raises(InputError), RunDir.create(config, resume=False) as run, recorded_end(run):
+        run.metrics.write(1, {"reward/mean": 1.0})
+        raise InputError("eval: of another evaluation")
+    assert len(read_lines(run.folder / "metrics.jsonl")) == 1 and read_status(run)["state"] == "failed"
 
 
 # Metrics, events, status
