@@ -14,6 +14,7 @@ from cluster.out_of_domain import evaluate_choices
 from cluster.progress import Progress
 from cluster.rollouts import Rollouts, require_prompts_fit
 from cluster.waits import Waiting
+from configs.errors import InputError
 from configs.schema import Config
 from rollout import multiple_choice
 from rollout.multiple_choice import Item, Summary, load_items, require_items_fit
@@ -64,6 +65,10 @@ def load_datasets(config: Config, names: Sequence[str] | None, most: int | None)
             choices.append((called, load_items(set_name, path or None)[:most]))
         else:
             tasks.append((name, load_task(name)[:most]))
+    by_name = dict(choices)
+    for called, items in choices:
+        if by_name[called] != items:
+            raise InputError(f"data sets: two are called {called}, and results are kept by name; rename a file, or leave one out")
     return EvalSets(tasks, choices)
 
 

@@ -23,8 +23,10 @@ from cluster.evaluation_records import (
     EvaluationRecords,
     SettingSummary,
     dataset_name,
+    plan_path,
     read_plan,
     read_records,
+    require_same,
     summarise,
 )
 from cluster.progress import Progress
@@ -56,7 +58,7 @@ async def evaluate(
     evaluation, RunError when drawing fails: what was recorded until then stays, and is not drawn again.
     """
     config, place = rollouts.config, run / FOLDER / f"{what}_{step:06d}"
-    plan = evaluation_plan(config, step, dataset_name(task), len(problems), rollouts.sigma)
+    plan = evaluation_plan(config, step, dataset_name(task), problems, rollouts.sigma)
     requests = evaluation_requests(config, problems, rollouts.prompt_ids, rollouts.sigma)
     gold = {problem.index: problem.answer for problem in problems}
     with EvaluationRecords(place, plan) as records:
@@ -76,7 +78,7 @@ async def evaluate(
     return [found[setting] for setting in plan.samples]
 
 
-def evaluation_plan(config: Config, step: int, dataset: str, problems: int, sigma: float) -> EvaluationPlan:
+def evaluation_plan(config: Config, step: int, dataset: str, problems: Sequence[Problem], sigma: float) -> EvaluationPlan:
     """What an evaluation of the weights after `step` steps is."""
     return EvaluationPlan(
         dataset=dataset,
@@ -88,9 +90,19 @@ def evaluation_plan(config: Config, step: int, dataset: str, problems: int, sigm
         sigma=sigma,
         max_cot_tokens=config.eval_cot_tokens,
         max_answer_tokens=config.policy.max_answer_tokens,
-        problems=problems,
+        fingerprints=[problem.fingerprint for problem in problems],
         samples=samples_per_setting(config),
     )
+
+
+def require_same_evaluation(
+    config: Config, run: Path, what: str, step: int, task: str | Mapping[str, Any], problems: Sequence[Problem]
+) -> None:
+    """Raises InputError where `run`/eval/WHAT_STEP holds records of this task's name that `evaluate` would not add to."""
+    path = plan_path(run / FOLDER / f"{what}_{step:06d}", dataset_name(task))
+    if path.exists():
+        before = read_plan(path)  # the run's own sigma is not in the config
+        require_same(path, before, evaluation_plan(config, step, before.dataset, problems, before.sigma))
 
 
 def weights_label(step: int) -> str:

@@ -24,6 +24,7 @@ from cluster.run_dir import JsonLines
 from configs.errors import InputError
 from rollout.eval_statistics import IndexMeans, bootstrap_interval, majority_vote, mixture_profile, pass_at_k
 from rollout.files import cannot_write, replace_file
+from rollout.rows import FILE_SUFFIXES
 from rollout.trajectory import Sample
 
 FOLDER = "eval"
@@ -34,8 +35,8 @@ Key = tuple[int, str, int]  # problem, setting, sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationPlan:
-    """What one evaluation of one data set is. All but `problems` and `samples` decide the answers: records of two plans that differ
-    there never share a file."""
+    """What one evaluation of one data set is. All but how many problems and `samples` there are decides the answers: records of two
+    plans that differ there never share a file."""
 
     dataset: str  # `dataset_name` of the task
     weights: str  # "base", "step 40" or the path of a checkpoint
@@ -46,8 +47,13 @@ class EvaluationPlan:
     sigma: float  # noise of the sampled soft settings
     max_cot_tokens: int
     max_answer_tokens: int
-    problems: int  # problems 0 .. problems-1 of the data set
+    fingerprints: Sequence[str]  # of problems 0, 1, ...: the name does not say what is in the data set
     samples: Mapping[str, int]  # setting: samples per problem
+
+    @property
+    def problems(self) -> int:
+        """How many problems of the data set are evaluated, from the first on."""
+        return len(self.fingerprints)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +105,19 @@ def record_of(dataset: str, setting: str, sample: Sample) -> EvaluationRecord:
 
 
 def dataset_name(task: str | Mapping[str, Any]) -> str:
-    """A task's name in plans, tables and file names: the spec as written; of {path, ...} the path's last part and the split."""
+    """A task's name in plans, tables and file names: the spec as written; of {path, ...} the file's name, or the hub's id and
+    config, and the split. Two files may be called alike: their problems' fingerprints tell them apart."""
     if isinstance(task, str):
         return task
-    split = f":{task['split']}" if task.get("split") else ""
-    return Path(task["path"]).name + split
+    path, config, split = str(task["path"]), task.get("config"), task.get("split")
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.endswith(FILE_SUFFIXES)
+    name = path if on_hub else Path(path).name
+    return name + (f"/{config}" if config else "") + (f":{split}" if split else "")
+
+
+def plan_path(folder: Path, dataset: str) -> Path:
+    """The plan of a data set in a folder such as runs/NAME/eval/test_000040; its records lie beside it."""
+    return folder / (re.sub(r"[^A-Za-z0-9.-]+", "_", dataset) + ".json")
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -118,20 +132,20 @@ class EvaluationRecords:
         Raises InputError when the records there are of another plan, or another process writes them; RunError when the folder
         cannot be written.
         """
-        stem = re.sub(r"[^A-Za-z0-9.-]+", "_", plan.dataset)
-        self.path, plan_path = folder / f"{stem}.jsonl", folder / f"{stem}.json"
+        described = plan_path(folder, plan.dataset)
+        self.path = described.with_suffix(".jsonl")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise cannot_write(folder, error) from error
-        if plan_path.exists():
-            before = read_plan(plan_path)
-            _require_same(plan_path, before, plan)
+        if described.exists():
+            before = read_plan(described)
+            require_same(described, before, plan)
             plan = _grown(before, plan)
         self.plan = plan
         self._file = JsonLines(self.path)
         self._file.lock()
-        replace_file(plan_path, lambda partial: partial.write_text(json.dumps(asdict(plan), indent=1) + "\n"))
+        replace_file(described, lambda partial: partial.write_text(json.dumps(asdict(plan), indent=1) + "\n"))
         self.done: set[Key] = {record.key for record in read_records(self.path)}
 
     def add(self, setting: str, sample: Sample) -> EvaluationRecord:
@@ -157,16 +171,23 @@ class EvaluationRecords:
 def _grown(before: EvaluationPlan, plan: EvaluationPlan) -> EvaluationPlan:
     """All that was ever planned: asking for less makes nothing complete."""
     samples = {setting: max(count, before.samples.get(setting, 0)) for setting, count in plan.samples.items()}
-    return replace(plan, problems=max(plan.problems, before.problems), samples={**before.samples, **samples})
+    return replace(plan, fingerprints=max(plan.fingerprints, before.fingerprints, key=len), samples={**before.samples, **samples})
 
 
-def _require_same(path: Path, before: EvaluationPlan, plan: EvaluationPlan) -> None:
-    for key in (f.name for f in fields(EvaluationPlan) if f.name not in ("problems", "samples")):
+def require_same(path: Path, before: EvaluationPlan, plan: EvaluationPlan) -> None:
+    """Raises InputError unless records of the plan `before`, which lies at `path`, are such as `plan` asks for."""
+    for key in (f.name for f in fields(EvaluationPlan) if f.name not in ("fingerprints", "samples")):
         old, new = getattr(before, key), getattr(plan, key)
         if old != new:
             raise InputError(
                 f"{path}: {key} = {old}: this evaluation has {new}, and one file holds one evaluation; "
                 f"set it back, or remove {path.with_suffix('')}.*"
+            )
+    for problem, (was, now) in enumerate(zip(before.fingerprints, plan.fingerprints, strict=False)):  # as far as both go
+        if was != now:
+            raise InputError(
+                f"{path}: problem {problem} of {plan.dataset} had another question or answer when it was evaluated: the data have "
+                f"changed, or are of another set of that name; set them back, or remove {path.with_suffix('')}.*"
             )
 
 

@@ -23,8 +23,9 @@ from rich.text import Text
 from cluster.controller import BEST, HeldOutTests, train
 from cluster.eval_sets import EvalSets
 from cluster.evaluate import run_evaluation
-from cluster.evaluation import read_rows
+from cluster.evaluation import read_rows, require_same_evaluation
 from cluster.evaluation_records import dataset_name
+from cluster.out_of_domain import require_same_scores
 from cluster.placement import placed, ray_session
 from cluster.run_dir import STATUS, RunDir
 from configs.errors import InputError, Interrupted, RunError
@@ -130,7 +131,12 @@ def tested(run: MatrixRun, first: set[str]) -> bool:
 
 
 def evaluated(run: MatrixRun, step: int) -> bool:
-    """Whether nothing is missing in the run's tests of the weights after `step` steps."""
+    """Whether nothing is missing in the run's tests of the weights after `step` steps. Raises InputError where those there are of
+    other data than that of the name, or drawn otherwise: what lacks cannot be added to them."""
+    for task, problems in run.sets.tasks:
+        require_same_evaluation(run.test_config, run.folder, "test", step, task, problems)
+    for name, items in run.sets.choices:
+        require_same_scores(run.test_config, run.folder, step, name, items)
     samples = samples_per_setting(run.test_config)
     rows = {(row["dataset"], row["setting"]): row for row in read_rows(run.folder, f"test_{step:06d}.json")}
     scored = {row["dataset"]: row["items"] for row in read_rows(run.folder, f"out_of_domain_{step:06d}.json")}

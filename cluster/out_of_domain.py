@@ -21,6 +21,7 @@ from cluster.rollouts import Rollouts
 from cluster.run_dir import JsonLines
 from cluster.waits import Waiting, wait
 from configs.errors import InputError
+from configs.schema import Config
 from rollout.files import cannot_write, replace_file
 from rollout.multiple_choice import Item, ItemScore, Summary, TokenIds, score_items, summarise
 
@@ -38,9 +39,8 @@ async def evaluate_choices(
 
     Raises InputError where the scores there are of other weights or items, RunError when scoring fails: what was scored stays.
     """
-    config, place = rollouts.config, run / FOLDER / f"out_of_domain_{step:06d}"
-    described = {"dataset": dataset, "weights": weights_label(step), "model": config.model.path, "dtype": str(config.engine.dtype)}
-    path = _open_place(place, dataset, described)
+    config, place = rollouts.config, _place(run, step)
+    path = _open_place(place, dataset, _described(config, step, dataset))
     file = JsonLines(path)
     file.lock()
     try:
@@ -59,25 +59,47 @@ async def evaluate_choices(
     return summary
 
 
+def require_same_scores(config: Config, run: Path, step: int, dataset: str, items: Sequence[Item]) -> None:
+    """Raises InputError where `run`/eval/out_of_domain_STEP holds scores of that name that `evaluate_choices` would not add to."""
+    place = _place(run, step)
+    _require_same(place, dataset, _described(config, step, dataset))
+    if (path := place / f"{dataset}.jsonl").exists():
+        _read_scores(path, items)
+
+
+def _place(run: Path, step: int) -> Path:
+    return run / FOLDER / f"out_of_domain_{step:06d}"
+
+
+def _described(config: Config, step: int, dataset: str) -> dict[str, str]:
+    return {"dataset": dataset, "weights": weights_label(step), "model": config.model.path, "dtype": str(config.engine.dtype)}
+
+
+def _require_same(place: Path, dataset: str, described: dict[str, str]) -> None:
+    description = place / f"{dataset}.json"
+    try:
+        before = json.loads(description.read_text()) if description.exists() else described
+    except ValueError:
+        before = None
+    if before != described:
+        raise InputError(f"{description}: scores of {before}, this evaluation is {described}; remove {place / dataset}.*")
+
+
 def _open_place(place: Path, dataset: str, described: dict[str, str]) -> Path:
     """The path of the set's scores; its description is written or found equal."""
     description = place / f"{dataset}.json"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        before = json.loads(description.read_text()) if description.exists() else described
-    except ValueError:
-        before = None
+        _require_same(place, dataset, described)
     except OSError as error:
         raise cannot_write(place, error) from error
-    if before != described:
-        raise InputError(f"{description}: scores of {before}, this evaluation is {described}; remove {place / dataset}.*")
     replace_file(description, lambda partial: partial.write_text(json.dumps(described, indent=1) + "\n"))
     return place / f"{dataset}.jsonl"
 
 
 def _read_scores(path: Path, items: Sequence[Item]) -> dict[int, ItemScore]:
     """By item; what a kill left of a line is passed over. Raises InputError for a line that is no score of one of the items."""
-    lengths = {item.index: tuple(map(len, item.choices)) for item in items}
+    fingerprints = {item.index: item.fingerprint for item in items}
     scores: dict[int, ItemScore] = {}
     for number, row in json_lines(path):
         try:
@@ -85,9 +107,10 @@ def _read_scores(path: Path, items: Sequence[Item]) -> dict[int, ItemScore]:
             score = ItemScore(**fields)
         except TypeError as error:
             raise InputError(f"{path}:{number}: not an item's score; remove the line") from error
-        if score.index in lengths and score.characters != lengths[score.index]:
+        if score.fingerprint != fingerprints.get(score.index, score.fingerprint):
             raise InputError(
-                f"{path}:{number}: item {score.index} has other choices in this data set; remove {path.with_suffix('')}.*"
+                f"{path}:{number}: item {score.index} was another when it was scored: the data have changed, or are of another set "
+                f"of that name; set them back, or remove {path.with_suffix('')}.*"
             )
         scores[score.index] = score
     return scores

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError, RunError
-from rollout.rows import Row, file_rows, hub_rows, repeated_id, say
+from rollout.rows import Row, file_rows, fingerprint, hub_rows, repeated_id, say
 
 DELIMITER = " "  # between context and choice: lm-eval's default target_delimiter
 MMLU_LETTERS = ("A", "B", "C", "D")
@@ -40,6 +40,11 @@ class Item:
     choices: tuple[str, ...]  # without the delimiter before them
     gold: int  # which choice is right
 
+    @property
+    def fingerprint(self) -> str:
+        """Of context, choices and the right one."""
+        return fingerprint(self.context, *self.choices, str(self.gold))
+
 
 @dataclass(frozen=True, slots=True)
 class ItemScore:
@@ -50,6 +55,7 @@ class ItemScore:
     log_likelihoods: tuple[float, ...]  # of each choice given the context, nats
     tokens: tuple[int, ...]  # in each choice, delimiter included
     characters: tuple[int, ...]  # in each choice, delimiter not included
+    fingerprint: str  # of the item
 
     @property
     def correct(self) -> bool:
@@ -225,6 +231,7 @@ async def score_items(items: Sequence[Item], encode: Encode, token_logprobs: Tok
                 log_likelihoods=tuple(float(np.sum(values, dtype=np.float64)) for values in of_choices),
                 tokens=tuple(len(values) for values in of_choices),
                 characters=tuple(map(len, item.choices)),
+                fingerprint=item.fingerprint,
             )
             if not np.isfinite(score.log_likelihoods).all():
                 raise RunError(f"out of domain: item {item.index}: log-likelihoods {score.log_likelihoods} are not finite")

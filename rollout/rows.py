@@ -7,6 +7,7 @@ Each row comes with its place, for error messages.
 """
 
 import gzip
+import hashlib
 import json
 import sys
 import zlib
@@ -57,6 +58,11 @@ def repeated_id(where: str, row: Mapping[str, Any], places: dict[str, str]) -> s
             if first != where:
                 return f"{field} {row[field]!r} is also that of {first}"
     return None
+
+
+def fingerprint(*texts: str) -> str:
+    """48 bits of SHA-256 over the texts and their bounds, as hex: what tells a problem from another in the same place."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
 
 
 def say(line: str) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 from configs.errors import InputError
 from rollout import arithmetic
 from rollout.reward import extract_boxed
-from rollout.rows import FILE_SUFFIXES, Row, file_rows, hub_rows, repeated_id, say
+from rollout.rows import FILE_SUFFIXES, Row, file_rows, fingerprint, hub_rows, repeated_id, say
 
 HELD_OUT = 512  # problems of a training set that make its validation split, when it has no other
 LONGEST_ANSWER = 1000  # characters; what is longer is a solution, and nothing in it says which part to compare
@@ -44,6 +44,11 @@ class Problem:
     index: int  # its place in the list that `load_task` returned
     question: str
     answer: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Of question and answer."""
+        return fingerprint(self.question, self.answer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ PLAN = EvaluationPlan(
     sigma=0.25,
     max_cot_tokens=8,
     max_answer_tokens=4,
-    problems=2,
+    fingerprints=["0", "1"],
     samples={"hard_greedy": 1, "soft_sample": 3},
 )
 RIGHT, WRONG = "7", "8"
@@ -68,8 +68,10 @@ def write_run(
     metrics: Sequence[Mapping[str, float]] = (),
     tests: Mapping[int, Mapping[str, Sequence[Sequence[bool]]]] | None = None,
     dataset: str = "gsm8k:test",
+    plan: EvaluationPlan | None = None,
 ) -> Path:
-    """A run folder. `tests`: by step and setting, for each problem which of its samples are right."""
+    """A run folder. `tests`: by step and setting, for each problem which of its samples are right; `plan` says of what, but for the
+    samples, where that matters."""
     config = load_config("configs/demo.yaml", [f"run.dir={runs}", f"run.name={name}", *overrides])
     folder = runs / name
     folder.mkdir(parents=True)
@@ -79,8 +81,9 @@ def write_run(
     for step, settings in (tests or {}).items():
         samples = {setting: len(problems[0]) for setting, problems in settings.items()}
         count = len(next(iter(settings.values())))
-        plan = replace(PLAN, dataset=dataset, weights=f"step {step}", seed=config.run.seed, problems=count, samples=samples)
-        with EvaluationRecords(folder / "eval" / f"test_{step:06d}", plan) as records:
+        numbers = [str(problem) for problem in range(count)]
+        of_step = replace(PLAN, dataset=dataset, weights=f"step {step}", seed=config.run.seed, fingerprints=numbers)
+        with EvaluationRecords(folder / "eval" / f"test_{step:06d}", replace(plan or of_step, samples=samples)) as records:
             for setting, problems in settings.items():
                 steps = [[1.0]] if setting.startswith("hard") else [[0.5, 0.5], [0.25] * 4]
                 for problem, outcomes in enumerate(problems):

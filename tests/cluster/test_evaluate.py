@@ -72,6 +72,11 @@ def test_data_sets_are_tasks_and_multiple_choice_sets(tmp_path: Path) -> None:
     assert [(name, len(items)) for name, items in found.choices] == [("arc_easy", 2)]
     own = load_datasets(config, [f"choices={file}"], None)
     assert [(name, len(items)) for name, items in own.choices] == [("arc", 3)] and own.tasks == []
+    other = tmp_path / "other" / "arc.jsonl"
+    other.parent.mkdir()
+    other.write_text(json.dumps(ARC | {"answerKey": "B"}) + "\n")
+    with pytest.raises(InputError, match="two are called arc, and results are kept by name; rename a file, or leave one out"):
+        load_datasets(config, [f"choices={file}", f"choices={other}"], None)
     with pytest.raises(InputError, match="choices: expected choices=FILE"):
         load_datasets(config, ["choices"], None)
     [(task, problems)] = load_datasets(config, None, None).tasks

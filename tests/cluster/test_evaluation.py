@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cluster.evaluation import evaluate, forget_after
+from cluster.evaluation import evaluate, forget_after, require_same_evaluation
 from cluster.evaluation_records import SettingSummary, read_plan, read_records
 from cluster.progress import Progress
 from cluster.transcripts import KEPT_PROBLEMS, kept_samples
@@ -54,6 +55,16 @@ def draw(
             )
         )
     return found, said
+
+
+@pytest.mark.parametrize("change", [{"question": "What is 2 + 9?"}, {"answer": "4"}])
+def test_records_of_other_data_of_that_name_are_refused(tmp_path: Path, change: dict[str, str]) -> None:
+    draw(tmp_path, FakeEngine(TOKENIZER, answer), problems=4)
+    changed = [replace(p, **change) if p.index == 2 else p for p in PROBLEMS]
+    with pytest.raises(InputError, match=r"arithmetic_test.json: problem 2 of arithmetic:test had another question or answer"):
+        require_same_evaluation(six(), tmp_path, "test", 4, "arithmetic:test", changed)
+    require_same_evaluation(six(), tmp_path, "test", 4, "arithmetic:test", PROBLEMS)
+    require_same_evaluation(six(), tmp_path, "test", 5, "arithmetic:test", changed)  # nothing there
 
 
 def rows(found: list[SettingSummary]) -> list[dict[str, object]]:

@@ -79,6 +79,8 @@ def test_a_sample_counts_once(tmp_path: Path) -> None:
         ({"max_cot_tokens": 512}, r"gsm8k_test.json: max_cot_tokens = 8: this evaluation has 512, .*remove .*gsm8k_test\.\*"),
         ({"weights": "step 9"}, r"weights = step 4: this evaluation has step 9"),
         ({"seed": 1}, r"seed = 0: this evaluation has 1"),
+        ({"fingerprints": ["0", "x", "2"]}, r"gsm8k_test.json: problem 1 of gsm8k:test had another .*remove .*gsm8k_test\.\*"),
+        ({"fingerprints": ["x"]}, r"problem 0 of gsm8k:test had another question or answer"),
     ],
 )
 def test_records_of_two_evaluations_never_share_a_file(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -90,7 +92,7 @@ def test_records_of_two_evaluations_never_share_a_file(tmp_path: Path, change: d
 def test_a_plan_may_grow_by_samples_problems_and_settings(tmp_path: Path) -> None:
     with EvaluationRecords(tmp_path, PLAN) as records:
         fill(records)
-    grown = replace(PLAN, problems=3, samples={"soft_greedy": 1, "hard_greedy": 1, "soft_sample": 4})
+    grown = replace(PLAN, fingerprints=["0", "1", "2"], samples={"soft_greedy": 1, "hard_greedy": 1, "soft_sample": 4})
     with EvaluationRecords(tmp_path, grown) as records:
         assert len(records.done) == 8
         assert [(s.setting, s.missing) for s in records.summaries()] == [("hard_greedy", 1), ("soft_sample", 6)]
@@ -147,4 +149,12 @@ def test_the_order_in_which_samples_finished_does_not_matter(tmp_path: Path) -> 
 def test_a_data_set_has_a_name_that_tells_its_split() -> None:
     assert dataset_name("gsm8k:test") == "gsm8k:test"
     assert dataset_name({"path": "data/my.jsonl", "question": "q", "answer": "a"}) == "my.jsonl"
-    assert dataset_name({"path": "org/name", "question": "q", "answer": "a", "split": "test"}) == "name:test"
+    assert dataset_name({"path": "/elsewhere/my.jsonl", "question": "q", "answer": "a", "split": "train"}) == "my.jsonl:train"
+
+
+def test_a_data_set_of_the_hub_is_called_by_its_whole_id() -> None:
+    fields = {"path": "org/name", "question": "q", "answer": "a"}
+    names = [
+        dataset_name(fields | more) for more in ({}, {"split": "test"}, {"config": "en", "split": "test"}, {"path": "other/name"})
+    ]
+    assert names == ["org/name", "org/name:test", "org/name/en:test", "other/name"]

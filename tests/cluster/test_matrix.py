@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from cluster import matrix_runs
 from cluster.controller import HeldOutTests
 from cluster.eval_sets import EvalSets
-from cluster.evaluation import write_summary
+from cluster.evaluation import evaluation_plan, write_summary
 from cluster.matrix import checked, expand, matrix, read_matrix
 from cluster.matrix_runs import BEGUN, FINISHED, NEW, MatrixRun, SharedEngines, bases, evaluated
 from configs.errors import InputError, Interrupted, RunError
@@ -187,12 +188,20 @@ def test_an_evaluation_is_done_when_nothing_of_it_is_missing(tmp_path: Path) -> 
     tasks = ["arithmetic:test"]
     assert not evaluated(run_of(), 4)
     right = {"hard_greedy": [[True]] * 2, "soft_sample": [[True] * 3] * 2}
-    write_run(tmp_path / "runs", "one", tests={4: right}, dataset="arithmetic:test")
+    first = run_of()
+    plan = evaluation_plan(first.test_config, 4, "arithmetic:test", first.sets.tasks[0][1], sigma=0.25)
+    write_run(tmp_path / "runs", "one", tests={4: right}, plan=plan)
     write_summary(tmp_path / "runs" / "one" / "eval" / "test_000004")
     assert evaluated(run_of(), 4)
     assert not evaluated(run_of(problems=3), 4)
     assert not evaluated(run_of("all"), 4)
     assert not evaluated(run_of(**{"eval.samples": 4}), 4)
+    with pytest.raises(InputError, match=r"max_cot_tokens = .*: this evaluation has 3"):
+        evaluated(run_of(**{"eval.max_cot_tokens": 3}), 4)
+    [(task, problems)] = first.sets.tasks
+    changed = EvalSets([(task, [replace(problems[0], question="Why?"), *problems[1:]])], [])
+    with pytest.raises(InputError, match=r"problem 0 of arithmetic:test had another question or answer"):
+        evaluated(replace(first, sets=changed), 4)
     tasks.append("arithmetic:far")
     assert not evaluated(run_of(), 4)
 

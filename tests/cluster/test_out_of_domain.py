@@ -78,5 +78,6 @@ def test_scores_of_another_evaluation_are_refused(tmp_path: Path) -> None:
     score(tmp_path, engine(), items=ITEMS[:5])
     with pytest.raises(InputError, match=r"arc_easy.json: scores of .*float32.*this evaluation is .*bfloat16.*remove"):
         score(tmp_path, engine(), items=ITEMS[:5], dtype="bfloat16")
-    with pytest.raises(InputError, match=r"arc_easy.jsonl:1: item 0 has other choices"):
-        score(tmp_path, engine(), items=[replace(ITEMS[0], choices=("maybe", "no", "0"))])
+    for change in ({"choices": ("yea", "no", "0")}, {"context": "Question: None of many?\nAnswer:"}, {"gold": 1}):
+        with pytest.raises(InputError, match=r"arc_easy.jsonl:1: item 0 was another when it was scored: the data have changed"):
+            score(tmp_path, engine(), items=[replace(ITEMS[0], **change)])

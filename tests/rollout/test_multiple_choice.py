@@ -283,10 +283,10 @@ def test_batches_keep_the_items_order(tiny: tuple[LlamaForCausalLM, Any], monkey
 
 def test_metrics_of_known_scores() -> None:
     scores = [
-        ItemScore(0, 0, (-1.0, -2.0), tokens=(1, 4), characters=(2, 10)),  # right, but not per character: -0.5 < -0.2
-        ItemScore(1, 1, (-3.0, -6.0), tokens=(2, 3), characters=(5, 20)),  # wrong, but right per character
-        ItemScore(2, 0, (-5.0, -5.0), tokens=(6, 1), characters=(4, 4)),  # a tie counts for the first
-        ItemScore(3, 1, (-5.0, -5.0), tokens=(6, 2), characters=(4, 4)),
+        ItemScore(0, 0, (-1.0, -2.0), tokens=(1, 4), characters=(2, 10), fingerprint=""),  # right, not per character: -0.5 < -0.2
+        ItemScore(1, 1, (-3.0, -6.0), tokens=(2, 3), characters=(5, 20), fingerprint=""),  # wrong, but right per character
+        ItemScore(2, 0, (-5.0, -5.0), tokens=(6, 1), characters=(4, 4), fingerprint=""),  # a tie counts for the first
+        ItemScore(3, 1, (-5.0, -5.0), tokens=(6, 2), characters=(4, 4), fingerprint=""),
     ]
     summary = summarise(scores)
     assert (summary.items, summary.accuracy, summary.accuracy_norm) == (4, 0.5, 0.5)
