@@ -10,7 +10,7 @@ from pathlib import Path
 from configs.load import config_hash
 from configs.schema import Config
 from rollout.evaluation import setting_of
-from rollout.files import list_rollouts, read_groups, write_rollouts
+from rollout.files import read_description, read_groups, write_rollouts
 from rollout.trajectory import Group, Sample
 
 FOLDER = "rollouts"
@@ -24,7 +24,7 @@ class Transcripts:
         """`folder` is runs/NAME/rollouts, made when something is kept; `go_on` keeps what an interrupted evaluation left there."""
         self.config, self.folder, self.name, self.step = config, folder, name, step
         self._kept: dict[tuple[int, str], Sample] = {}
-        if go_on and (folder / f"{name}.json").exists():
+        if go_on and (folder / f"{name}.safetensors").exists():
             self._kept = kept_samples(folder, name)
 
     def keep(self, setting: str, sample: Sample) -> None:
@@ -49,6 +49,6 @@ class Transcripts:
 
 def kept_samples(folder: Path, name: str) -> dict[tuple[int, str], Sample]:
     """By (problem, setting). Raises InputError when folder/name is not there or cannot be read."""
-    [file] = [file for file in list_rollouts(folder) if file.path.stem == name]
+    file = read_description(folder / f"{name}.safetensors")
     samples = [sample for group in read_groups(file) for sample in group.samples]
     return {(sample.trajectory.prompt_index, setting_of(sample.trajectory)): sample for sample in samples}

@@ -1,6 +1,7 @@
 """Rollouts on disk: one pair of files per batch of groups, from which every Trajectory comes back bit for bit.
 
-    NAME.safetensors   flat arrays; a ragged quantity is its values end to end plus int64 offsets, T trajectories in group order
+    NAME.safetensors   flat arrays; a ragged quantity is its values end to end plus int64 offsets, T trajectories in group order;
+                       in its metadata, under DESCRIPTION, what stands in NAME.json
     NAME.json          model, weight version, config hash, engine dtype, the groups, and what is text
 
                 per trajectory [T]                                     ragged
@@ -12,12 +13,14 @@
     full record has_soft_embeddings, soft_embeddings [their CoT steps, n0] in the engine's dtype
     supports    support_ids support_probs / support_offsets [all CoT steps + 1]
 
-The JSON file is written last and removed first, so a pair that is there is whole.
+Two files cannot be replaced at once, but one can: readers here go by NAME.safetensors alone, which is whole at every moment, so
+that neither a kill nor a reader beside a running evaluation meets half a pair. NAME.json, written last, is for other readers.
 """
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +28,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.errors import InputError, RunError
 from configs.schema import Dtype, Mode
 from rollout.trajectory import Group, Sample, Trajectory
 
-FORMAT = 2
+FORMAT = 3
+DESCRIPTION = "softrl"  # the key of the description in the metadata of the arrays
 MODES = (Mode.hard, Mode.soft, Mode.fuzzy)  # a mode's place is its number in the array `mode`
 
 PER_TRAJECTORY = {
@@ -72,9 +76,9 @@ JSON_KEYS = {
 
 @dataclass(frozen=True, slots=True)
 class RolloutFile:
-    """What the JSON half says; whoever replays compares model and dtype with the config."""
+    """The description; whoever replays compares model and dtype with the config."""
 
-    path: Path  # NAME.json
+    path: Path  # NAME.safetensors
     model: str  # model.path of the config that made it
     weight_version: int  # the engine's when the batch began
     config_hash: str
@@ -89,9 +93,9 @@ class RolloutFile:
 def write_rollouts(
     folder: Path, name: str, groups: list[Group], *, model: str, weight_version: int, config_hash: str, engine_dtype: Dtype
 ) -> Path:
-    """Write folder/name.safetensors and folder/name.json, replacing a pair of that name; returns the path of the JSON file.
+    """Write folder/name.safetensors and folder/name.json, replacing a pair of that name; returns the path of the arrays.
 
-    Raises RunError when the folder cannot be written (a full disk); no half-written file remains.
+    Raises RunError when the folder cannot be written (a full disk); no half-written file remains, and what was there before does.
     """
     samples = [sample for group in groups for sample in group.samples]
     description = {
@@ -106,33 +110,32 @@ def write_rollouts(
     }
     text = json.dumps(description, indent=1)
     arrays = _arrays(samples, Dtype(engine_dtype))
-    path = folder / f"{name}.json"
+    path = folder / f"{name}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(path, error) from error
-    replace_file(path.with_suffix(".safetensors"), lambda partial: save_file(arrays, partial))
-    replace_file(path, lambda partial: partial.write_text(text))
+    replace_file(path, lambda partial: save_file(arrays, partial, metadata={DESCRIPTION: text}))
+    replace_file(path.with_suffix(".json"), lambda partial: partial.write_text(text))
     return path
 
 
 def list_rollouts(folder: Path) -> list[RolloutFile]:
-    """The descriptions of all rollout files of a folder, by name. Raises InputError when there is none, or half of one."""
+    """The descriptions of all rollout files of a folder, by name. Raises InputError without any, or for one that is none."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected one written by `softrl rollout` or by a run")
-    described, arrays = ({path.stem for path in folder.glob(f"*{suffix}")} for suffix in (".json", ".safetensors"))
-    if not described | arrays:
-        raise InputError(f"{folder}: no rollouts; expected *.safetensors with a *.json of the same name beside each")
-    if halves := sorted(described ^ arrays):
-        missing = "json" if halves[0] in arrays else "safetensors"
-        raise InputError(f"{folder / halves[0]}.{missing}: missing, as after an interrupted write; remove its other half")
-    return [_read_description(folder / f"{name}.json") for name in sorted(described)]
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise InputError(f"{folder}: no rollouts; expected *.safetensors")
+    return [read_description(path) for path in paths]
 
 
 def read_groups(file: RolloutFile) -> list[Group]:
-    """The groups of one file. Raises InputError naming file and key for a missing array, or one that does not fit the others."""
-    samples = iter(_read_samples(file))
+    """The groups of one file, as it is now. Raises InputError naming file and key for a missing array, or one that does not fit the
+    others."""
+    reader = _Reader(file.path)
+    file = reader.description
+    samples = iter(_read_samples(reader))
     return [
         Group(step=step, prompt_index=prompt, samples=tuple(next(samples) for _ in range(size)))
         for step, prompt, size in zip(file.steps, file.prompt_indices, file.sizes, strict=True)
@@ -206,11 +209,30 @@ def _offsets(lengths: Any) -> NDArray[np.int64]:
 # Reading
 
 
-def _read_description(path: Path) -> RolloutFile:
+def read_description(path: Path) -> RolloutFile:
+    """The description of NAME.safetensors; arrays are not read. Raises InputError naming a key that is missing or does not fit."""
+    with _opened(path) as arrays:
+        return _described(path, arrays)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The open file: one version of it, even if it is replaced meanwhile."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({str(error).partition(chr(10))[0]})") from error
+        with safe_open(path, framework="pt") as arrays:
+            yield arrays
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({str(error).partition(chr(10))[0]})") from error
+
+
+def _described(path: Path, arrays: Any) -> RolloutFile:
+    text = (arrays.metadata() or {}).get(DESCRIPTION)
+    if text is None:
+        raise InputError(f"{path}: no rollouts of this version of softrl (no {DESCRIPTION} in its metadata); draw them again")
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: its description is no JSON ({str(error).partition(chr(10))[0]})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
     for key, kind in JSON_KEYS.items():
@@ -248,14 +270,13 @@ def _group_column(path: Path, groups: list[Any], key: str) -> tuple[int, ...]:
 
 
 class _Reader:
-    """The checked arrays of one safetensors file."""
+    """The description and the checked arrays of one safetensors file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.tensors: dict[str, Tensor] = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a readable safetensors file ({str(error).partition(chr(10))[0]})") from error
+        with _opened(path) as arrays:
+            self.description = _described(path, arrays)
+            self.tensors: dict[str, Tensor] = {name: arrays.get_tensor(name) for name in arrays.keys()}  # noqa: SIM118  no mapping
 
     def tensor(self, key: str) -> Tensor:
         if key not in self.tensors:
@@ -277,8 +298,8 @@ class _Reader:
         return offsets
 
 
-def _read_samples(file: RolloutFile) -> list[Sample]:
-    reader = _Reader(file.path.with_suffix(".safetensors"))
+def _read_samples(reader: _Reader) -> list[Sample]:
+    file = reader.description
     count = sum(file.sizes)
     scalars = {name: reader.array(name, kind, count).tolist() for name, kind in PER_TRAJECTORY.items()}
     if bad := [number for number in scalars["mode"] if number >= len(MODES)]:

@@ -1,6 +1,9 @@
 """A rollout that was written is the rollout that is read: bit for bit, or a line that names the file and the key."""
 
 import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from configs.errors import InputError, RunError
 from configs.schema import Dtype, Mode
-from rollout.files import list_rollouts, read_groups, write_rollouts
+from rollout.files import DESCRIPTION, list_rollouts, read_groups, write_rollouts
 from rollout.trajectory import Group, Sample, Trajectory
 from tests.full_disk import files_of_at_most
 
@@ -147,9 +151,65 @@ def test_soft_embeddings_are_an_ordinary_tensor_in_the_engines_dtype(tmp_path: P
 def test_writing_a_name_again_replaces_both_halves(tmp_path: Path) -> None:
     write(tmp_path, batch(4, [[2]], [Mode.soft]))
     second = batch(5, [[4, 1]], [Mode.hard])
-    write(tmp_path, second)
+    path = write(tmp_path, second)
     (back,) = read(tmp_path)
     assert_equal(second, back)
+    assert json.loads(path.with_suffix(".json").read_text()) == description(path)
+
+
+class Killed(BaseException):
+    """What no handler of the code under test takes for an error."""
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_while_a_pair_is_replaced_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:
+    """Killed before the first rename the old groups are there, after it the new ones; another write makes the name whole."""
+    old, new = batch(11, [[2, 3]], [Mode.soft]), batch(12, [[4, 1], [2]], [Mode.hard])
+    write(tmp_path, old)
+    replace_now, left = os.replace, iter(range(renames))
+
+    def killed_later(source: Path, target: Path) -> None:
+        if next(left, None) is None:
+            raise Killed
+        replace_now(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed_later)
+        with pytest.raises(Killed):
+            write(tmp_path, new)
+    assert_equal([old, new][renames], read(tmp_path)[0])
+    write(tmp_path, new)
+    assert_equal(new, read(tmp_path)[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000040.json", "step_000040.safetensors"]
+
+
+def test_a_reader_beside_a_writer_meets_whole_batches_only(tmp_path: Path) -> None:
+    """As `softrl show` beside a running evaluation, which writes the name again with every kept sample."""
+    batches = [batch(seed, [[2, 1]] * (1 + seed), [Mode.soft]) for seed in range(4)]
+    write(tmp_path, batches[0])
+    (listed,) = list_rollouts(tmp_path)
+    done = threading.Event()
+
+    def write_on() -> None:
+        for turn in range(100):
+            write(tmp_path, batches[turn % 4])
+        done.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write_on)
+        while not done.is_set():
+            for file in (listed, *list_rollouts(tmp_path)):  # what was listed may have grown since
+                found = read_groups(file)
+                assert_equal(batches[len(found) - 1], found)
+        writing.result()
+
+
+def test_half_a_pair_is_not_fatal(tmp_path: Path) -> None:
+    groups = batch(13, [[2]], [Mode.soft])
+    write(tmp_path, groups).with_suffix(".json").unlink()
+    (tmp_path / "step_000041.json").write_text("{}")
+    (back,) = read(tmp_path)
+    assert_equal(groups, back)
 
 
 # Files that cannot be used
@@ -157,8 +217,16 @@ def test_writing_a_name_again_replaces_both_halves(tmp_path: Path) -> None:
 
 def damage_array(path: Path, **changes: torch.Tensor | None) -> None:
     """Replace arrays of a safetensors file; None removes one."""
+    content = description(path)
     tensors = load_file(path) | {name: tensor for name, tensor in changes.items() if tensor is not None}
-    save_file({name: tensor for name, tensor in tensors.items() if changes.get(name, tensor) is not None}, path)
+    kept = {name: tensor for name, tensor in tensors.items() if changes.get(name, tensor) is not None}
+    save_file(kept, path, {DESCRIPTION: json.dumps(content)})
+
+
+def description(path: Path) -> dict[str, Any]:
+    """What the metadata of a safetensors file say."""
+    with safe_open(path, framework="pt") as arrays:
+        return json.loads(arrays.metadata()[DESCRIPTION])
 
 
 @pytest.mark.parametrize(
@@ -186,17 +254,17 @@ def test_an_array_that_does_not_fit_is_named(tmp_path: Path, key: str, tensor: t
     [
         ("model", None, "model: expected a JSON str, which is missing"),
         ("weight_version", "3", "weight_version: expected a JSON int, found '3'"),
-        ("format", 7, "format = 7: expected 2"),
+        ("format", 7, "format = 7: expected 3"),
         ("engine_dtype", "float16", "engine_dtype = float16: expected one of bfloat16, float32"),
         ("stop_reason", ["eos"], "stop_reason: expected 5 texts"),
         ("groups", [{"step": 1, "samples": 5}], "groups: .*prompt_index"),
     ],
 )
-def test_a_json_key_that_does_not_fit_is_named(tmp_path: Path, key: str, value: Any, says: str) -> None:
+def test_a_key_of_the_description_that_does_not_fit_is_named(tmp_path: Path, key: str, value: Any, says: str) -> None:
     path = write(tmp_path, batch(7, LENGTHS, [Mode.soft]))
-    content = json.loads(path.read_text()) | {key: value}
-    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-    with pytest.raises(InputError, match=rf"step_000040.json: {says}"):
+    content = {k: v for k, v in (description(path) | {key: value}).items() if v is not None}
+    save_file(load_file(path), path, {DESCRIPTION: json.dumps(content)})
+    with pytest.raises(InputError, match=rf"step_000040.safetensors: {says}"):
         list_rollouts(tmp_path)
 
 
@@ -206,15 +274,14 @@ def test_folders_and_files_that_are_no_rollouts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no rollouts"):
         list_rollouts(tmp_path)
     path = write(tmp_path, batch(8, [[2]], [Mode.soft]))
-    arrays, text = path.with_suffix(".safetensors"), path.read_text()
-    path.unlink()
-    with pytest.raises(InputError, match=r"step_000040.json: missing"):
+    whole, tensors = path.read_bytes(), load_file(path)
+    save_file(tensors, path, {DESCRIPTION: "{"})
+    with pytest.raises(InputError, match=r"step_000040.safetensors: its description is no JSON"):
         list_rollouts(tmp_path)
-    path.write_text(text[:-9])
-    with pytest.raises(InputError, match=r"step_000040.json: not readable as JSON"):
+    save_file(tensors, path)
+    with pytest.raises(InputError, match=r"step_000040.safetensors: no rollouts of this version of softrl"):
         list_rollouts(tmp_path)
-    path.write_text(text)
-    arrays.write_bytes(arrays.read_bytes()[:-3])
+    path.write_bytes(whole[:-3])
     with pytest.raises(InputError, match=r"step_000040.safetensors: not a readable safetensors file"):
         read(tmp_path)
 
