@@ -21,12 +21,13 @@ a run that goes on.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.best import BEST, Best, read_best, require_greedy_setting, validation_of
 from cluster.eval_sets import EvalResults, EvalSets, evaluate_sets
 from cluster.evaluation import evaluate, forget_after, read_rows
 from cluster.evaluation_records import SettingSummary
@@ -48,7 +49,6 @@ from rollout.reward import Scorer
 from rollout.tasks import Problem, batch_indices, load_task
 from rollout.trajectory import Group
 
-BEST = "best"  # the checkpoint with the best validation, beside the numbered ones
 VERIFY_SEQUENCES = 4  # prompts whose log-probs prove a push
 
 
@@ -84,6 +84,7 @@ def train(config: Config, resume: bool, tests: HeldOutTests | None = None, engin
 
 def prepare(config: Config) -> tuple[str, list[Problem], list[Problem], list[Problem]]:
     """The model's folder and the training, validation and test problems, checked to fit. Raises InputError; starts nothing."""
+    require_greedy_setting(config)
     model_dir = str(resolve_model(config.model.path))
     require_splits(model_dir, config.engine.tensor_parallel)
     problems = load_task(config.task.train)
@@ -116,7 +117,8 @@ class Training:
         self.engines, self.scorer, self.run, self.view = cluster.engines, scorer, run, view
         self.pushed = False
         self.preemptions = 0  # of all engines since they started
-        self.best: tuple[int, float] | None = None  # step and share right of the best validation, by the first eval setting
+        self.best = read_best(run.folder)
+        self.best_saved_at = 0  # the step after which this process saved the best weights; 0: not yet
 
     async def run_all(self) -> None:
         """Start or resume, take every step, test the best checkpoint by validation, as the paper does."""
@@ -171,9 +173,11 @@ class Training:
         task, waiting = self.config.task.validation, self.run.waiting
         found = await evaluate(self.rollouts, self.run.folder, "validation", step, task, self.validation, waiting, self._progress)
         self._say("validation", step, found)
-        if step > 0 and (self.best is None or found[0].share >= self.best[1]):
-            self.best = (step, found[0].share)
-            await self._save(self.run.checkpoints / BEST, step)
+        score = next(summary.share for summary in found if summary.setting == self.config.selecting_setting)
+        now = Best(step, score, validation_of(self.config, self.validation))
+        if step > 0 and now.beats(self.best):
+            await self._save(self.run.checkpoints / BEST, step, {"score": now.score, "validation": dict(now.validation)})
+            self.best, self.best_saved_at = now, step
         return {f"eval/{summary.setting}": summary.share for summary in found}
 
     async def _test(self, step: int) -> EvalResults:
@@ -193,9 +197,9 @@ class Training:
     def _progress(self, what: str, total: int) -> Progress:
         return Progress(what, total, self.view.note)
 
-    async def _save(self, folder: Path, step: int) -> None:
-        extra = {"step": step, "sigma": self.rollouts.sigma, "best": self.best, "config_hash": config_hash(self.config)}
-        await self.learners.call("save", str(folder), extra)
+    async def _save(self, folder: Path, step: int, more: Mapping[str, Any] | None = None) -> None:
+        extra = {"step": step, "sigma": self.rollouts.sigma, "config_hash": config_hash(self.config)}
+        await self.learners.call("save", str(folder), {**extra, **(more or {})})
         checkpoint.prune(self.run.folder, self.config.checkpoint.keep)
         self.run.event("checkpoint", step=step, path=str(folder))
 
@@ -219,16 +223,17 @@ class Training:
         if self.run.resume_from is not None:
             stored = await self.learners.call("load", str(self.run.resume_from))
             self.rollouts.sigma = float(stored[0]["sigma"])
-            self.best = tuple(stored[0]["best"]) if stored[0]["best"] else None
         await self._push(self.run.step)
         await self._new_preemptions()  # of another run, where the engines are shared
         self.run.status("training")
 
     async def _test_best(self) -> None:
         """The test problems under the weights of the best validation, beside the base model's row, and where to look next."""
+        if self.best is None:  # resumed at its end, and somebody removed the folder
+            await self._validate(self.config.run.steps)
         assert self.best is not None  # the last step is always validated
-        folder, step = self.run.checkpoints / BEST, self.best[0]
-        if step != self.config.run.steps:  # else they are what learners and engines hold
+        folder, step = self.run.checkpoints / BEST, self.best.step
+        if self.best_saved_at != self.config.run.steps:  # else they are what learners and engines hold
             await self.learners.call("load", str(folder))
             await self._push(step)
         tested = await self._test(step)

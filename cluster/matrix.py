@@ -156,7 +156,7 @@ def _needs(run: MatrixRun) -> str:
     """What decides whether model and data are there and fit."""
     config = run.config
     lengths = config.policy.max_cot_tokens, config.eval_cot_tokens, config.policy.max_answer_tokens, config.engine.max_model_len
-    return repr((config.model, config.task, lengths, config.rollout.prompts_per_step, config.eval.problems))
+    return repr((config.model, config.task, lengths, config.rollout.prompts_per_step, config.eval))
 
 
 def _sets(path: Path, evaluation: Mapping[str, Any] | None, run: MatrixRun) -> EvalSets:

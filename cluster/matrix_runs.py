@@ -20,7 +20,8 @@ import ray
 from rich.console import Console
 from rich.text import Text
 
-from cluster.controller import BEST, HeldOutTests, train
+from cluster.best import BEST
+from cluster.controller import HeldOutTests, train
 from cluster.eval_sets import EvalSets
 from cluster.evaluate import run_evaluation
 from cluster.evaluation import read_rows, require_same_evaluation

@@ -88,7 +88,7 @@ async def _replay(config: Config, files: list[RolloutFile], learners: Learners, 
         learned = await learners.learn(step, _stream(groups), meter)
         view.step(run.metrics.write(step + 1, meter.finish(learned, {})))
     last = checkpoint.step_folder(run.folder, len(files))
-    extra = {"step": len(files), "sigma": sigma, "best": None, "config_hash": config_hash(config)}
+    extra = {"step": len(files), "sigma": sigma, "config_hash": config_hash(config)}
     await learners.call("save", str(last), extra)
     view.note(f"checkpoint {last}")
 

@@ -134,7 +134,7 @@ def training_figure(groups: Sequence[RunGroup], where: str) -> Iterator[Drawing]
     """Metrics over steps: the mean over seeds, and from the lowest to the highest seed. Validation begins before the first step."""
 
     def series(run: Run, key: str) -> dict[int, float]:
-        name = f"eval/{run.config.eval.settings[0]}" if key == "validation" else key
+        name = f"eval/{run.config.selecting_setting}" if key == "validation" else key
         found = {int(row["step"]): row[name] for row in run.metrics if name in row}
         return {0: run.base_validation} | found if key == "validation" and run.base_validation is not None else found
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.best import BEST
 from cluster.evaluation import read_rows
 from cluster.evaluation_records import FOLDER, SettingSummary, dataset_name, json_lines, read_plan, read_records, summarise
 from cluster.paper_numbers import BASE
@@ -52,7 +53,7 @@ class Run:
     out_of_domain: OutOfDomain
     base_tests: Tests  # of the weights that training started from
     base_out_of_domain: OutOfDomain
-    base_validation: float | None  # share right of the validation before the first step, by the first of eval.settings
+    base_validation: float | None  # share right of the validation before the first step, by the first greedy of eval.settings
     base_plan: Mapping[str, str]  # what else decided base_tests: prompt, dtype, sigma, lengths
     notes: Sequence[str]  # what a reader must know: evaluations that are empty or not whole
 
@@ -171,13 +172,13 @@ def read_run(folder: Path) -> Run:
         out_of_domain=_out_of_domain(folder, tested),
         base_tests=base_tests,
         base_out_of_domain=_out_of_domain(folder, 0),
-        base_validation=_base_validation(folder, config.eval.settings[0]),
+        base_validation=_base_validation(folder, config.selecting_setting),
         base_plan=base_plan,
         notes=notes,
     )
 
 
-def _base_validation(folder: Path, setting: str) -> float | None:
+def _base_validation(folder: Path, setting: str | None) -> float | None:
     return next((row["share"] for row in read_rows(folder, "validation_000000.json") if row["setting"] == setting), None)
 
 
@@ -198,7 +199,7 @@ def find_tested_step(folder: Path) -> int | None:
     names = [path.name + "/" * path.is_dir() for path in (folder / FOLDER).glob("*")]
     found = [re.fullmatch(r"test_(\d{6})/|out_of_domain_(\d{6})\.json", name) for name in names]
     steps = {int(match[1] or match[2]) for match in found if match} - {0}
-    best = folder / CHECKPOINTS / "best" / CONTROLLER
+    best = folder / CHECKPOINTS / BEST / CONTROLLER
     try:
         step = int(json.loads(best.read_text())["step"])
     except FileNotFoundError:

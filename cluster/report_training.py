@@ -62,8 +62,8 @@ def training_table(groups: Sequence[RunGroup]) -> Table:
         title="Training",
         columns=WHERE | forms | {"CoT entropy": ".3f", "residual": ".4f", "mismatch s": ".4f"},
         rows=rows,
-        note="Means of the last tenth of the steps; correct and validation (first of eval.settings) in percent; entropy in nats, "
-        "at the temperature of training. A residual of 1 is on-policy.",
+        note="Means of the last tenth of the steps; correct and validation (first greedy of eval.settings) in percent; "
+        "entropy in nats, at the temperature of training. A residual of 1 is on-policy.",
     )
 
 
@@ -74,8 +74,8 @@ def at_the_end(run: Run, key: str) -> float | None:
 
 
 def best_validation(run: Run) -> float | None:
-    """Highest share right of a validation after step 0, by the first of eval.settings."""
-    key = f"eval/{run.config.eval.settings[0]}"
+    """Highest share right of a validation after step 0, by the first greedy of eval.settings."""
+    key = f"eval/{run.config.selecting_setting}"
     return max((row[key] for row in run.metrics if key in row), default=None)
 
 

@@ -193,7 +193,7 @@ class EvalConfig:
     """Accuracy on held-out problems, as the run goes."""
 
     every: int = 50  # steps between validations; 0: only before the first and after the last step
-    settings: list[str] = field(default_factory=lambda: ["hard_greedy"])
+    settings: list[str] = field(default_factory=lambda: ["hard_greedy"])  # the first greedy one chooses the best checkpoint
     samples: int = 1  # per problem; greedy settings always take 1
     problems: int = 256  # of the validation set and, during training, of the test set, the first ones
     max_cot_tokens: int | None = None  # L of an evaluation (the paper's: 512); unset: policy.max_cot_tokens
@@ -219,6 +219,11 @@ class Config:
     def eval_cot_tokens(self) -> int:
         """L of an evaluation."""
         return self.eval.max_cot_tokens or self.policy.max_cot_tokens
+
+    @property
+    def selecting_setting(self) -> str | None:
+        """The first greedy one of `eval.settings`, whose validation chooses the best checkpoint; None without any."""
+        return next((setting for setting in self.eval.settings if setting.endswith("greedy")), None)
 
 
 TAU_OF_MODE = {Mode.hard: 1.0, Mode.soft: 0.5, Mode.fuzzy: 1e-4}  # paper, section 4.1

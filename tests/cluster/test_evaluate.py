@@ -20,7 +20,7 @@ def a_run(folder: Path, *overrides: str) -> Path:
     best = folder / "first" / "checkpoints" / "best"
     best.mkdir(parents=True)
     (folder / "first" / "config.yaml").write_text(dump_config(load_config(DEMO, overrides)))
-    (best / "controller.json").write_text(json.dumps({"step": 6, "sigma": 0.1, "best": None}))
+    (best / "controller.json").write_text(json.dumps({"step": 6, "sigma": 0.1}))
     return best
 
 

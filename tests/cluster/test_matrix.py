@@ -82,6 +82,10 @@ def test_the_shipped_matrices_have_a_folder_for_every_run(name: str) -> None:
         ({"axes": {"run.name": ["a", "b"]}}, "run.name stands in set and in axes"),
         ({"set": {"run.name": "same"}}, "run.name = same is that of two runs .*name the axes in it"),
         ({"set": {"run.dir": "${policy.mode}", **STUDY["set"]}}, "run.dir = soft: expected one folder for all runs"),
+        (
+            {"set": {**STUDY["set"], "eval.settings": ["soft_sample"]}},
+            r"eval.settings = \[soft_sample\]: expected a greedy one too",
+        ),
         ({"eval": {"setings": "all"}}, "unknown key eval.setings"),
         ({"eval": {"problems": "many"}}, "eval.problems = many: expected a whole number"),
         ({"eval": {"problems": 0}}, "eval.problems = 0: expected at least 1"),
