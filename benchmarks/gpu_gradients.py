@@ -242,7 +242,14 @@ def _against_float64(problem: Problem, form: str, shape: str) -> list[Check]:
     return [
         Check(f"{shape}, {form}: values", error, VALUE_BARS[dtype]),
         Check(f"{shape}, {form}: gradients", gradients, GRADIENT_BARS[dtype]),
+        Check(f"{shape}, {form}: elements of the gradients of a zero loss that are not 0", _nonzero(problem, form), 0),
     ]
+
+
+def _nonzero(problem: Problem, form: str) -> float:
+    """Of a filler's gradients, whose weights are all zero; a NaN is not 0."""
+    found = torch.autograd.grad((forward(problem, form) * 0.0).sum(), _leaves(problem, form))
+    return violations(*(gradient == 0 for gradient in found))
 
 
 def _differing_runs(problem: Problem) -> float:

@@ -5,8 +5,10 @@ float32, so there the factors stay small and the result does not; a CPU has no s
 
 Logits are products of bf16 weights and hidden states as they are. Everything else, probabilities and gradients, would lose 2e-3 to
 bf16 before the sum: those factors are float16, 8 times finer, and brought into float16's narrow range by scales that are taken
-out again afterwards (`FULL_SCALE`).
+out again afterwards (`fitting_scales`).
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from kernels.segments import accumulation_dtype
 
 HALVES = (torch.bfloat16, torch.float16)
 FULL_SCALE = 2.0**13  # what the largest factors are scaled to; float16 ends at 2**16
+SCALE_EXPONENT = 126  # of 2, the largest of a scale: the reciprocal is then a normal float32 number as well
 
 
 def uses_triton(tensor: Tensor) -> bool:
@@ -55,7 +58,17 @@ def add_mm(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
         total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=scale)
 
 
-def largest(*tensors: Tensor) -> list[float]:
-    """The largest magnitude in each tensor, or the smallest normal number if that is larger. Waits for the device once."""
-    tiny = torch.finfo(tensors[0].dtype).tiny
-    return [max(value, tiny) for value in torch.stack([x.abs().amax() if x.numel() else x.sum() for x in tensors]).tolist()]
+def fitting_scales(*tensors: Tensor) -> list[float]:
+    """What to divide each tensor by so that its largest magnitude is at most FULL_SCALE and above half of it; 1 where all are 0.
+
+    Powers of two within 2^-126 .. 2^126: a GPU divides by a number as it multiplies by the float32 reciprocal, which is then exact
+    and never infinite, so 0 stays 0. Waits for the device once.
+    """
+    peaks = torch.stack([x.abs().amax() if x.numel() else x.sum() for x in tensors]).tolist()
+    return [_fitting_scale(peak) if peak else 1.0 for peak in peaks]
+
+
+def _fitting_scale(peak: float) -> float:
+    """Of an infinity or a NaN any scale: what is divided shows it."""
+    exponent = math.frexp(peak)[1] - int(math.log2(FULL_SCALE))
+    return 2.0 ** max(-SCALE_EXPONENT, min(SCALE_EXPONENT, exponent))

@@ -259,7 +259,7 @@ class _DenseLogprob(torch.autograd.Function):
         unit = (r / gain).to(fine)
         gain_over_tau = gain / tau[:, None]
         row_peaks = torch.linalg.vector_norm(hidden, torch.inf, dim=-1, keepdim=True, dtype=wide) * gain_over_tau
-        hidden_scale, r_scale = (peak / matmul.FULL_SCALE for peak in matmul.largest(row_peaks, r))
+        hidden_scale, r_scale = matmul.fitting_scales(row_peaks, r)
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_head = torch.zeros(head.shape, dtype=wide, device=head.device) if need_head else None
         d_embedding = d_head

@@ -65,8 +65,8 @@ class _TokenLogprob(torch.autograd.Function):
         fine = matmul.fine_factor(factor)
         head_factor, head_fine = head.to(factor), head.to(fine)
         row_scale = grad[:, None] / matmul.FULL_SCALE
-        (hidden_peak,) = matmul.largest(torch.linalg.vector_norm(hidden, torch.inf, dim=-1, keepdim=True, dtype=wide) * row_scale)
-        hidden_scale = hidden_peak / matmul.FULL_SCALE
+        row_peaks = torch.linalg.vector_norm(hidden, torch.inf, dim=-1, keepdim=True, dtype=wide) * row_scale
+        (hidden_scale,) = matmul.fitting_scales(row_peaks)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_head = torch.zeros(head.shape, dtype=wide, device=head.device) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), ctx.chunk):
