@@ -115,19 +115,22 @@ def _chunk_stages(setting: Setting) -> list[Check]:
         checks += [
             Check(f"{shape}: softmax {what}, relative beyond one rounding", error, bars[what]) for what, error in errors.items()
         ]
-        checks += _token_stages(logits, targets, shape)
+        checks += _token_stages(logits, targets, tau.clamp_min(0.5), shape)
     return checks
 
 
-def _token_stages(logits: Tensor, targets: Tensor, shape: str) -> list[Check]:
-    found = triton_softmax.token_statistics(logits, targets)
-    exact = torch.log_softmax(logits.double(), -1)
+def _token_stages(logits: Tensor, targets: Tensor, tau: Tensor, shape: str) -> list[Check]:
+    found = triton_softmax.token_statistics(logits, targets, tau)
+    scaled = logits.double() / tau.double()[:, None]
+    exact = torch.log_softmax(scaled, -1)
     probs = exact.exp()
-    expected = (exact.gather(1, targets[:, None])[:, 0], -torch.xlogy(probs, probs).sum(-1), logits.double().logsumexp(-1))
-    # Logits of 1000 bring a logsumexp of 1000, whose last bit is 6e-5.
+    expected = (exact.gather(1, targets[:, None])[:, 0], -torch.xlogy(probs, probs).sum(-1), tau * scaled.logsumexp(-1))
+    # Logits of 1000 bring a logsumexp of 1000, whose last bit is 6e-5, and 6e-5 / tau in a probability.
     error = max(worst((a - b).abs() / (1 + 0.05 * b.abs())) for a, b in zip(found, expected, strict=True))
     exact_gradient = torch.nn.functional.one_hot(targets, logits.shape[1]) - probs
-    gradients = (triton_softmax.token_gradient(logits, targets, found[2], dtype) / matmul.FULL_SCALE for dtype in (FLOAT32, HALF))
+    gradients = (
+        triton_softmax.token_gradient(logits, targets, tau, found[2], dtype) / matmul.FULL_SCALE for dtype in (FLOAT32, HALF)
+    )
     plain, half = (worst((gradient - exact_gradient).abs()) for gradient in gradients)
     return [
         Check(f"{shape}: token log-probability, entropy, logsumexp", error, 2e-5),

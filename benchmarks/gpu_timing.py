@@ -246,7 +246,7 @@ def _time_chunk(setting: Setting, peaks: Peaks, inputs: Inputs) -> list[Figures]
     fine = matmul.fine_factor(torch.bfloat16)
     weights, total, peak = triton_softmax.softmax_weights(logits, tau, fine)
     d_probs = torch.randn_like(logits)
-    log_total = triton_softmax.token_statistics(logits, targets)[2]
+    log_total = triton_softmax.token_statistics(logits, targets, tau)[2]
     table, inner = head.to(fine), hidden.to(fine)
     sums = torch.zeros(head.shape, device=setting.device)
     size, product = float(logits.numel()), 2.0 * logits.numel() * head.shape[1]
@@ -268,11 +268,11 @@ def _time_chunk(setting: Setting, peaks: Peaks, inputs: Inputs) -> list[Figures]
         timed("softmax_weights with peak", lambda: triton_softmax.softmax_weights(logits, tau, fine, peak), 6 * size),
         timed("weight_gradients", lambda: triton_softmax.weight_gradients(weights, total, d_probs), 6 * size),
         against(
-            timed("token_statistics", lambda: triton_softmax.token_statistics(logits, targets), 8 * size),
+            timed("token_statistics", lambda: triton_softmax.token_statistics(logits, targets, tau), 8 * size),
             "torch.log_softmax",
             torch_logs,
         ),
-        timed("token_gradient", lambda: triton_softmax.token_gradient(logits, targets, log_total, fine), 6 * size),
+        timed("token_gradient", lambda: triton_softmax.token_gradient(logits, targets, tau, log_total, fine), 6 * size),
     ]
 
 

@@ -44,26 +44,32 @@ def weight_gradients(weights: Tensor, total: Tensor, d_probs: Tensor) -> Tensor:
     return d_probs.to(weights.dtype)
 
 
-def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p(target), entropy, logsumexp), each [C], in nats, of logits [C, V] and targets int64 [C]."""
+def token_statistics(logits: Tensor, targets: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p(target), entropy, tau logsumexp(z / tau)), each [C]; the first two in nats, of p = softmax(z / tau).
+
+    logits z [C, V], targets int64 [C], tau [C].
+    """
     logprob, entropy, log_total = (logits.new_empty(len(logits)) for _ in range(3))
     for rows in _row_blocks(logits):
         peak = logits[rows].amax(-1, keepdim=True)
         # The clamp turns 0 * -inf, the entropy of an impossible token, into 0.
-        shifted = logits[rows].sub_(peak).clamp_min_(torch.finfo(logits.dtype).min)
+        shifted = logits[rows].sub_(peak).div_(tau[rows, None]).clamp_min_(torch.finfo(logits.dtype).min)
         weights = shifted.exp()
         total = weights.sum(-1)
         log_sum = total.log()
         logprob[rows] = shifted.gather(1, targets[rows, None]).squeeze(1) - log_sum
         entropy[rows] = log_sum - torch.linalg.vecdot(weights, shifted) / total
-        log_total[rows] = log_sum + peak.squeeze(1)
+        log_total[rows] = log_sum * tau[rows] + peak.squeeze(1)
     return logprob, entropy, log_total
 
 
-def token_gradient(logits: Tensor, targets: Tensor, log_total: Tensor, dtype: torch.dtype) -> Tensor:
-    """FULL_SCALE (onehot(target) - softmax(logits)) [C, V] in `dtype`; log_total [C] as `token_statistics` returned it."""
+def token_gradient(logits: Tensor, targets: Tensor, tau: Tensor, log_total: Tensor, dtype: torch.dtype) -> Tensor:
+    """FULL_SCALE (onehot(target) - softmax(z / tau)) [C, V] in `dtype`: tau FULL_SCALE times d log p(target) / d z.
+
+    Arguments as of `token_statistics`; log_total [C] as it returned it.
+    """
     for rows in _row_blocks(logits):
-        d_logits = logits[rows].sub_(log_total[rows, None]).exp_().mul_(-FULL_SCALE)
+        d_logits = logits[rows].sub_(log_total[rows, None]).div_(tau[rows, None]).exp_().mul_(-FULL_SCALE)
         d_logits.scatter_add_(1, targets[rows, None], torch.full_like(d_logits[:, :1], FULL_SCALE))
     return logits.to(dtype)
 

@@ -51,21 +51,24 @@ def weight_gradients(weights: Tensor, total: Tensor, d_probs: Tensor) -> Tensor:
     return gradients
 
 
-def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p(target), entropy, logsumexp), each float32 [C], in nats, of logits float32 [C, V] and targets int64 [C]."""
+def token_statistics(logits: Tensor, targets: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p(target), entropy, tau logsumexp(z / tau)), float32 [C] each; the first two in nats, of p = softmax(z / tau).
+
+    logits z float32 [C, V], targets int64 [C], tau float32 [C].
+    """
     logprob, entropy, log_total = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(3))
     if logits.numel():
-        _token_statistics[(len(logits),)](logits, targets, logprob, entropy, log_total, logits.shape[1], **LAUNCH)
+        _token_statistics[(len(logits),)](logits, targets, tau, logprob, entropy, log_total, logits.shape[1], **LAUNCH)
     return logprob, entropy, log_total
 
 
-def token_gradient(logits: Tensor, targets: Tensor, log_total: Tensor, dtype: torch.dtype) -> Tensor:
-    """FULL_SCALE (onehot(target) - softmax(logits)) [C, V] in `dtype`, of logits float32 [C, V]; log_total float32 [C]."""
+def token_gradient(logits: Tensor, targets: Tensor, tau: Tensor, log_total: Tensor, dtype: torch.dtype) -> Tensor:
+    """FULL_SCALE (onehot(target) - softmax(z / tau)) [C, V] in `dtype`, of logits z float32 [C, V]; tau, log_total float32 [C]."""
     gradients = torch.empty(logits.shape, dtype=dtype, device=logits.device)
     rows, vocabulary = logits.shape
     if logits.numel():
         _token_gradient[(rows, triton.cdiv(vocabulary, BLOCK))](
-            logits, targets, log_total, gradients, vocabulary, SCALE=FULL_SCALE, DTYPE=FLOATS[dtype], **LAUNCH
+            logits, targets, tau, log_total, gradients, vocabulary, SCALE=FULL_SCALE, DTYPE=FLOATS[dtype], **LAUNCH
         )
     return gradients
 
@@ -113,35 +116,38 @@ def _weight_gradients(weights, totals, d_probs, gradients, vocabulary, DTYPE: tl
 
 
 @triton.jit
-def _token_statistics(logits, targets, logprobs, entropies, log_totals, vocabulary, BLOCK: tl.constexpr):
-    """Grid (C,): with w = exp(z - peak), entropy = ln sum w - sum w (z - peak) / sum w."""
+def _token_statistics(logits, targets, taus, logprobs, entropies, log_totals, vocabulary, BLOCK: tl.constexpr):
+    """Grid (C,): with x = (z - peak) / tau and w = exp(x), entropy = ln sum w - sum w x / sum w."""
     row = tl.program_id(0)
     start = row.to(tl.int64) * vocabulary
+    tau = tl.load(taus + row)
     peak = _peak(logits + start, vocabulary, BLOCK)
     total, moment = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for first in range(0, vocabulary, BLOCK):
         v = first + tl.arange(0, BLOCK)
-        shifted = tl.load(logits + start + v, mask=v < vocabulary, other=-float("inf")) - peak
+        shifted = (tl.load(logits + start + v, mask=v < vocabulary, other=-float("inf")) - peak) / tau
         w = tl.exp(shifted)
         total += w
         moment += w * tl.where(w > 0, shifted, 0.0)  # an impossible token: 0, not 0 * -inf
     normaliser = tl.sum(total, 0)
     log_sum = tl.log(normaliser)
     target = tl.load(logits + start + tl.load(targets + row))
-    tl.store(logprobs + row, target - peak - log_sum)
+    tl.store(logprobs + row, (target - peak) / tau - log_sum)
     tl.store(entropies + row, log_sum - tl.sum(moment, 0) / normaliser)
-    tl.store(log_totals + row, peak + log_sum)
+    tl.store(log_totals + row, peak + log_sum * tau)
 
 
 @triton.jit
 def _token_gradient(
-    logits, targets, log_totals, gradients, vocabulary, SCALE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits, targets, taus, log_totals, gradients, vocabulary,
+    SCALE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Grid (C, cdiv(V, BLOCK))."""
     row = tl.program_id(0)
     start = row.to(tl.int64) * vocabulary
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    p = tl.exp(tl.load(logits + start + v, mask=v < vocabulary, other=-float("inf")) - tl.load(log_totals + row))
+    shifted = tl.load(logits + start + v, mask=v < vocabulary, other=-float("inf")) - tl.load(log_totals + row)
+    p = tl.exp(shifted / tl.load(taus + row))
     hit = tl.where(v == tl.load(targets + row), 1.0, 0.0)
     tl.store(gradients + start + v, (SCALE * (hit - p)).to(DTYPE), mask=v < vocabulary)
 

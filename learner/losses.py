@@ -117,10 +117,10 @@ def _soft_terms(
 
 
 def _token_terms(hidden: Tensor, head: Tensor, steps: TokenSteps) -> tuple[Tensor, Tensor]:
-    """(log pi [T], entropy [T] detached) at the step's temperature: z / tau = (hidden / tau) W^T."""
+    """(log pi [T], entropy [T] detached) at the step's temperature."""
     if len(hidden) == 0:
         return hidden.sum(dim=-1), hidden.new_zeros(0, dtype=torch.float32)
-    return token_logprob(hidden / steps.tau[:, None].to(hidden.dtype), head, steps.target)
+    return token_logprob(hidden, head, steps.target, tau=steps.tau)
 
 
 def _gathered(hidden: Tensor, rows: Tensor) -> Tensor:

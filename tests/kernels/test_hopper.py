@@ -116,5 +116,5 @@ def test_a_chunk_of_logits_compiles(vocabulary, dtype, launches):
     for peak in (None, column):
         assert "_softmax_weights" in launches(modules, triton_softmax.softmax_weights, logits, row, dtype, peak)
     assert "_weight_gradients" in launches(modules, triton_softmax.weight_gradients, logits.to(dtype), column, logits)
-    assert "_token_statistics" in launches(modules, triton_softmax.token_statistics, logits, targets)
-    assert "_token_gradient" in launches(modules, triton_softmax.token_gradient, logits, targets, row, dtype)
+    assert "_token_statistics" in launches(modules, triton_softmax.token_statistics, logits, targets, row)
+    assert "_token_gradient" in launches(modules, triton_softmax.token_gradient, logits, targets, row, row, dtype)

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import softmax
+from kernels.matmul import FULL_SCALE
 from kernels.token_logprob import token_logprob
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-3}
@@ -15,17 +17,19 @@ def relative(result: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunk", [1, 8, 1024])
-def test_values_entropy_and_gradients_are_those_of_log_softmax(dtype, chunk):
+@pytest.mark.parametrize(("chunk", "tau"), [(1, 0.7), (8, None), (8, 0.7), (1024, 2.0)])
+def test_values_entropy_and_gradients_are_those_of_log_softmax(dtype, chunk, tau):
+    """In bf16 the values are as exact as in float32: no temperature, and nothing divided by one, is rounded to it."""
     g = torch.Generator().manual_seed(0)
+    taus = None if tau is None else torch.linspace(tau, tau + 0.1, 21)
     hidden = (torch.randn(21, 24, generator=g, dtype=torch.float64) * 0.6).to(dtype).requires_grad_()
     head = torch.randn(301, 24, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     targets, weights = torch.randint(0, 301, (21,), generator=g), torch.randn(21, generator=g, dtype=torch.float64)
-    logprob, entropy = token_logprob(hidden, head, targets, chunk)
+    logprob, entropy = token_logprob(hidden, head, targets, chunk, taus)
     grads = torch.autograd.grad((logprob * weights.to(logprob.dtype)).sum(), [hidden, head])
 
     exact = [x.detach().double().requires_grad_() for x in (hidden, head)]
-    log_probs = F.log_softmax(exact[0] @ exact[1].T, -1)
+    log_probs = F.log_softmax(exact[0] @ exact[1].T / (1.0 if taus is None else taus.double()[:, None]), -1)
     exact_logprob = log_probs.gather(1, targets[:, None]).squeeze(1)
     exact_grads = torch.autograd.grad((exact_logprob * weights).sum(), exact)
     value_tolerance = min(TOLERANCE[dtype], 1e-5)
@@ -43,6 +47,17 @@ def test_large_logits_stay_finite():
     logprob.sum().backward()
     assert (logprob.item(), entropy.item()) == (-600.0, 0.0)
     assert hidden.grad.item() == -2.0 and head.grad.flatten().tolist() == [-300.0, 300.0]
+
+
+@pytest.mark.parametrize("tau", [1e-6, 1e-4, 0.1, 1e4])
+def test_an_impossible_token_has_no_part_in_entropy_or_gradient_at_any_temperature(tau):
+    logits = torch.tensor([[1.0, 1.0, -torch.inf, -4.0]])
+    logprob, entropy, log_total = softmax.token_statistics(logits.clone(), torch.tensor([0]), torch.tensor([tau]))
+    exact = (logits.double() / torch.tensor(tau).double()).softmax(-1)
+    assert torch.allclose(logprob.double(), exact[:, 0].log())
+    assert torch.allclose(entropy.double(), -torch.xlogy(exact, exact).sum(-1))
+    gradient = softmax.token_gradient(logits, torch.tensor([0]), torch.tensor([tau]), log_total, torch.float32) / FULL_SCALE
+    assert torch.allclose(gradient.double(), torch.tensor([[1.0, 0, 0, 0]]) - exact, atol=max(1e-6, 1e-7 / tau))
 
 
 def test_no_tokens_give_zero_gradients():
@@ -89,6 +104,20 @@ def test_two_runs_give_the_same_bits():
 
 def ones(*shape: int) -> Tensor:
     return torch.ones(*shape)
+
+
+@pytest.mark.parametrize(
+    ("tau", "message"),
+    [
+        (ones(4), r"tau: shape \[4\], expected \[T\] = \[5\]"),
+        (ones(5).bfloat16(), r"tau: dtype torch.bfloat16, expected torch.float32 or torch.float64"),
+        (ones(5).to("meta"), r"tau: on meta, expected cpu, where hidden is"),
+        (torch.tensor([1.0, 0, torch.nan, 1, 1]), r"tau: shape \[5\] with 2 elements not above 0, expected every element above 0"),
+    ],
+)
+def test_wrong_temperatures_are_named(tau, message):
+    with pytest.raises(ValueError, match=message):
+        token_logprob(ones(5, 4), ones(10, 4), torch.arange(5), tau=tau)
 
 
 @pytest.mark.parametrize(

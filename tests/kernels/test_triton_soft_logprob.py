@@ -163,17 +163,19 @@ def test_a_logit_that_moved_by_a_bit_since_the_forward_pass_leaves_a_distributio
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_token_statistics_and_gradient(vocabulary):
     logits, targets = logits_of(vocabulary), torch.full((5,), vocabulary - 1)
-    found = triton_softmax.token_statistics(logits, targets)
-    exact = torch.log_softmax(logits.double(), -1)
+    tau = torch.tensor([0.7, 0.5, 1.0, 1.0, 2.0])
+    found = triton_softmax.token_statistics(logits, targets, tau)
+    scaled = logits.double() / tau.double()[:, None]
+    exact = torch.log_softmax(scaled, -1)
     entropy = -torch.xlogy(exact.exp(), exact.exp()).sum(-1)
-    for statistic, expected in zip(found, (exact[:, -1], entropy, logits.double().logsumexp(-1)), strict=True):
+    for statistic, expected in zip(found, (exact[:, -1], entropy, tau * scaled.logsumexp(-1)), strict=True):
         assert torch.allclose(statistic.double(), expected, rtol=1e-6, atol=2e-5)
-    for statistic, reference in zip(found, softmax.token_statistics(logits.clone(), targets), strict=True):
+    for statistic, reference in zip(found, softmax.token_statistics(logits.clone(), targets, tau), strict=True):
         assert torch.allclose(statistic, reference, rtol=1e-6, atol=2e-5)
     exact_gradient = matmul.FULL_SCALE * (torch.nn.functional.one_hot(targets, vocabulary) - exact.exp())
-    reference = softmax.token_gradient(logits.clone(), targets, found[2], F32)
+    reference = softmax.token_gradient(logits.clone(), targets, tau, found[2], F32)
     for dtype, tolerance in ((F32, 0.0), (HALF, 2.0**-11)):
-        gradient = triton_softmax.token_gradient(logits, targets, found[2], dtype)
+        gradient = triton_softmax.token_gradient(logits, targets, tau, found[2], dtype)
         # logsumexp, up to 1000 here, is off by its last bit, 3e-5.
         assert gradient.dtype == dtype and torch.allclose(gradient.double(), exact_gradient, rtol=tolerance + 1e-4, atol=1.0)
         assert torch.allclose(gradient.float(), reference, rtol=tolerance + 1e-6, atol=2e-3)
@@ -245,11 +247,11 @@ def test_no_tokens_give_zero_gradients(on_triton):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_token_log_probabilities_and_gradients(dtype, on_triton):
     hidden, head = (torch.randn(n, 24).mul(0.6).to(dtype).requires_grad_() for n in (21, 301))
-    targets, weights = torch.randint(0, 301, (21,)), torch.randn(21)
-    logprob, entropy = token_logprob(hidden, head, targets, 8)
+    targets, weights, tau = torch.randint(0, 301, (21,)), torch.randn(21), torch.linspace(0.7, 1.3, 21)
+    logprob, entropy = token_logprob(hidden, head, targets, 8, tau)
     grads = torch.autograd.grad((logprob * weights).sum(), [hidden, head])
     exact = [x.detach().double().requires_grad_() for x in (hidden, head)]
-    log_probs = torch.log_softmax(exact[0] @ exact[1].T, -1)
+    log_probs = torch.log_softmax(exact[0] @ exact[1].T / tau.double()[:, None], -1)
     expected = log_probs.gather(1, targets[:, None]).squeeze(1)
     exact_grads = torch.autograd.grad((expected * weights).sum(), exact)
     assert relative(logprob, expected) < 1e-5 and relative(entropy, -(log_probs.exp() * log_probs).sum(-1)) < 1e-5

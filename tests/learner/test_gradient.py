@@ -8,10 +8,12 @@ import torch
 import torch.multiprocessing as mp
 
 from configs.schema import Advantage, Config, Mode, Support
+from learner.batch import TokenSteps, pack
 from learner.learner import Learner
+from learner.losses import policy_terms
 from rollout.trajectory import Group
 from tests.learner import two_ranks
-from tests.learner.tiny import load_model, mixed_group, naive_gradients, relative, tiny_config
+from tests.learner.tiny import load_model, mixed_group, naive_gradients, relative, roll_out, tiny_config
 
 MODES = [Mode.soft, Mode.hard, Mode.soft, Mode.fuzzy, Mode.soft]
 TOLERANCE = 1e-5
@@ -52,6 +54,31 @@ def test_one_rank(tied_dir: Path, untied_dir: Path, tied: bool, support: Support
     groups = groups_of(folder, [mode for mode in MODES if support is Support.recorded or mode is not Mode.fuzzy])
     _, found = learner_gradients(config, folder, groups)
     assert worst(found, naive_gradients(folder, groups, support)) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hard_tokens_at_a_temperature_are_exact_in_the_hidden_states_own_dtype(tied_dir: Path, dtype: torch.dtype) -> None:
+    """A bf16 0.7, or a bf16 hidden state divided by it, would put 1e-3 into the log-probability."""
+    model = load_model(tied_dir)
+    samples = [(roll_out(model, (3, 14, 15, 9), mode=Mode.hard, seed=seed, tau=0.7), 0.5) for seed in range(4)]
+    (batch,) = pack(samples, 256)
+    hidden, head = (torch.randn(n, 64).to(dtype).requires_grad_() for n in (batch.rows, 97))
+    terms = policy_terms(
+        hidden, head, head, hidden.new_empty(0, 64), batch, support=Support.recorded, engine_dtype=dtype, cot_weight=1.0
+    )
+    found = torch.autograd.grad(terms.loss, [hidden, head])
+
+    wide = [x.detach().double().requires_grad_() for x in (hidden, head)]
+
+    def naive(steps: TokenSteps) -> torch.Tensor:
+        logits = wide[0][steps.hidden_row] @ wide[1].T / steps.tau.double()[:, None]
+        return logits.log_softmax(-1).gather(1, steps.target[:, None])[:, 0]
+
+    assert relative(terms.hard_logprob, naive(batch.hard).detach()) < TOLERANCE
+    loss = -(batch.hard.weight * naive(batch.hard)).sum() - (batch.answer.weight * naive(batch.answer)).sum()
+    for mine, exact in zip(found, torch.autograd.grad(loss, wide), strict=True):
+        rounding = relative(exact.to(dtype), exact)  # of what is returned; each of a row's two terms is rounded apart
+        assert relative(mine, exact) < TOLERANCE + 2 * rounding
 
 
 @pytest.mark.parametrize("cot_weight", [0.0, 0.25])
