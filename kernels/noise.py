@@ -18,7 +18,7 @@ an ulp from one library to the next. Hence also no addcmul, no `add(alpha=...)` 
 import torch
 from torch import Tensor
 
-from kernels.checks import require_dtype, require_shape
+from kernels.checks import require_dtype, require_same_device, require_shape
 
 STREAM_SOFT = 0  # noise of soft embeddings
 STREAM_COT = 1  # sampling of hard CoT tokens
@@ -48,9 +48,9 @@ def normal_rows(seeds: Tensor, positions: Tensor, width: int, stream: int = STRE
     """Standard normals float32 [R, width]: row r belongs to (seeds[r], positions[r]), whatever the other rows are.
 
     seeds, positions: int64 [R]; seeds in [0, 2**63), positions in [0, 2**32). The largest magnitude possible is 5.77.
-    Raises ValueError on wrong shapes or dtypes.
+    Raises ValueError on wrong shapes, dtypes or devices; values are not looked at, because a GPU would have to be waited for.
     """
-    _check_keys(seeds, positions)
+    check_keys(seeds, positions)
     if seeds.is_cuda:
         from kernels import triton_noise  # not at the top: a CPU needs no Triton
 
@@ -69,9 +69,9 @@ def normal_rows(seeds: Tensor, positions: Tensor, width: int, stream: int = STRE
 def uniform_rows(seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
     """Uniforms float32 [R] in (0, 1), one per (seed, position): odd multiples of 2**-24, so neither 0 nor 1 and exact in fp32.
 
-    seeds, positions: int64 [R], as for `normal_rows`. Raises ValueError on wrong shapes or dtypes.
+    seeds, positions: int64 [R], as for `normal_rows`. Raises ValueError as it does.
     """
-    _check_keys(seeds, positions)
+    check_keys(seeds, positions)
     if seeds.is_cuda:
         from kernels import triton_noise
 
@@ -107,11 +107,13 @@ def philox_words(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     return c0, c1 & MASK32, c2, c3 & MASK32
 
 
-def _check_keys(seeds: Tensor, positions: Tensor) -> None:
+def check_keys(seeds: Tensor, positions: Tensor) -> None:
+    """Seeds and positions that fit each other, int64 [R] on one device; ValueError otherwise."""
     require_shape("seeds", seeds, (None,), "[R]")
     require_shape("positions", positions, (len(seeds),), "[R]")
     require_dtype("seeds", seeds, torch.int64)
     require_dtype("positions", positions, torch.int64)
+    require_same_device("positions", positions, "seeds", seeds)
 
 
 def _box_muller(radius_words: Tensor, angle_words: Tensor, out: Tensor) -> None:

@@ -30,7 +30,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import require_dtype, require_every, require_ids, require_offsets, require_positive, require_shape
+from kernels.checks import (
+    FLOATS,
+    check_noise,
+    check_rebuild,
+    check_record,
+    require_dtype,
+    require_every,
+    require_positive,
+    require_same_device,
+    require_shape,
+)
 from kernels.noise import STREAM_SOFT, normal_rows
 from kernels.segments import entry_dots, segment_max, segment_sum, weighted_rows
 
@@ -78,9 +88,16 @@ def select_support(
 
     logits [R, V] float32, or bf16 with hidden [R, d] and head [>= V, d] to rescore from; tau float32 [R] above 0 (1e-4 is
     fine). A logit of -inf (vocabulary padding) is never selected. A row's result does not depend on the other rows.
-    Raises ValueError on wrong shapes or dtypes, a tau not above 0, or bf16 logits without hidden and head; not for a bad row.
+    Raises ValueError on wrong shapes, dtypes or devices, a tau not above 0 (for which it waits for the device), or bf16 logits
+    without hidden and head; not for a bad row.
     """
-    _check_select(logits, tau, hidden, head, threshold)
+    _check_logits(logits, tau, threshold)
+    if logits.dtype != torch.float32:
+        if hidden is None or head is None:
+            raise ValueError("logits: bfloat16 without hidden and head, expected both (to rescore from) or float32 logits")
+        _check_rescore(hidden, head, len(logits), logits, "logits")
+        if len(head) < logits.shape[1]:
+            raise ValueError(f"head: shape {list(head.shape)}, expected a row for each of the {logits.shape[1]} logits")
     if logits.is_cuda and logits.dtype == torch.float32:
         from kernels import triton_select  # not at the top: a CPU needs no Triton
 
@@ -94,6 +111,7 @@ def select_support(
 
 def screen(logits: Tensor, tau: Tensor, threshold: float = 1e-6) -> Candidates:
     """The first half of `select_support`, from its arguments: all that a second look at their logits may select."""
+    _check_logits(logits, tau, threshold)
     ragged = -logits.shape[1] % TILE
     tiles = (F.pad(logits, (0, ragged), value=-math.inf) if ragged else logits).unflatten(1, (-1, TILE))
     scan = _scan(tiles, tau, threshold, margin=0.0 if logits.dtype == torch.float32 else SCREEN_MARGIN)
@@ -104,29 +122,37 @@ def screen(logits: Tensor, tau: Tensor, threshold: float = 1e-6) -> Candidates:
 
 
 def rescore(rows: Tensor, ids: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
-    """The logits of candidates anew: hidden[rows[i]] . head[ids[i]] in float32, [N]; hidden [R, d], head [>= V, d]."""
+    """The logits of candidates anew: hidden[rows[i]] . head[ids[i]] in float32, [N]; hidden [R, d], head [>= V, d].
+
+    rows, ids int64 [N]. Raises ValueError on wrong shapes, dtypes or devices.
+    """
+    require_shape("rows", rows, (None,), "[N]")
+    require_shape("ids", ids, (len(rows),), "[N]")
+    require_dtype("rows", rows, torch.int64)
+    require_dtype("ids", ids, torch.int32, torch.int64)
+    _check_rescore(hidden, head, None, rows, "rows")
+    require_same_device("ids", ids, "rows", rows)
     return entry_dots(hidden.float(), rows, head, ids, GATHER_ENTRIES)
 
 
 def mix(ids: Tensor, probs: Tensor, offsets: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
     """The mean of each row's soft embedding: float32 [R, n0] = sum over the row's support, in id order, of p_v E_v.
 
-    ids int32 [N], probs float32 [N], offsets int64 [R + 1]; embedding [V, n0]. The rows of `embedding` are first rounded to
-    `dtype`, the engine's, so that a learner with float32 masters sees what the engine saw. Deterministic; the bits of a row do
-    not depend on the other rows. An empty row is 0. Raises ValueError on wrong shapes, dtypes, ids or offsets.
+    ids int32 or int64 [N], probs float32 [N], offsets int64 [R + 1]; embedding [V, n0], whose rows are first rounded to `dtype`,
+    the engine's, so that a learner with float32 masters sees what the engine saw. Deterministic; the bits of a row do not depend
+    on the other rows. An empty row is 0. Raises ValueError on wrong shapes, dtypes, devices, ids or offsets, and on
+    entries of no mass, before any work; to see the values it waits for the device.
     """
     if embedding.is_cuda:
         from kernels import triton_soft_embedding
 
         return triton_soft_embedding.mix(ids, probs, offsets, embedding, dtype)
-    require_shape("ids", ids, (None,), "[N]")
-    require_shape("probs", probs, (len(ids),), "[N]")
-    require_shape("offsets", offsets, (None,), "[R + 1]")
-    require_shape("embedding", embedding, (None, None), "[V, n0]")
-    require_dtype("probs", probs, torch.float32)
-    require_dtype("offsets", offsets, torch.int64)
-    require_offsets("offsets", offsets, len(ids))
-    require_ids("ids", ids, len(embedding))
+    check_record(ids, probs, offsets, embedding, dtype)
+    return _mix(ids, probs, offsets, embedding, dtype)
+
+
+def _mix(ids: Tensor, probs: Tensor, offsets: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
+    """`mix` on a CPU."""
     if embedding.dtype == dtype == torch.float32:
         return weighted_rows(embedding, ids, probs, offsets)
     means = torch.empty(len(offsets) - 1, embedding.shape[1], dtype=torch.float32, device=embedding.device)
@@ -152,31 +178,40 @@ def rebuild(
 
     The engine makes its next input with this call and the learner repeats it: same record, same bits. sigma float32 [R] is the
     standard deviation per coordinate (0: no noise); seeds, positions int64 [R] as for `normal_rows`; the rest as for `mix`.
-    Raises ValueError on wrong shapes, dtypes, ids or offsets, or a sigma below 0.
+    Raises ValueError as `mix` does, and on a sigma below 0.
     """
-    require_shape("sigma", sigma, (len(offsets) - 1,), "[R]")
-    require_shape("seeds", seeds, (len(offsets) - 1,), "[R]")
-    require_every("sigma", sigma >= 0, "at least 0")
     if embedding.is_cuda:
         from kernels import triton_soft_embedding
 
-        keys = (sigma.float().contiguous(), seeds.contiguous(), positions.contiguous())
+        keys = (sigma.contiguous(), seeds.contiguous(), positions.contiguous())
         return triton_soft_embedding.rebuild(ids, probs, offsets, embedding, *keys, dtype)
-    return add_noise(mix(ids, probs, offsets, embedding, dtype), sigma, seeds, positions, dtype)
+    check_rebuild(ids, probs, offsets, embedding, sigma, seeds, positions, dtype)
+    return add_noise(_mix(ids, probs, offsets, embedding, dtype), sigma, seeds, positions, dtype)
 
 
 def add_noise(mean: Tensor, sigma: Tensor, seeds: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """The last step of `rebuild`, from the mean float32 [R, n0], which is overwritten: [R, n0] in `dtype`."""
+    """The last step of `rebuild`, from the mean float32 [R, n0], which is overwritten: [R, n0] in `dtype`.
+
+    Raises ValueError on wrong shapes, dtypes or devices. Values are not looked at: an engine's step must not wait for its GPU.
+    """
+    require_shape("mean", mean, (None, None), "[R, n0]")
+    require_dtype("mean", mean, torch.float32)
+    check_noise(sigma, seeds, positions, len(mean), mean, "mean")
     # Two roundings, product and sum: a fused multiply-add would differ between devices.
-    noise = normal_rows(seeds, positions, mean.shape[1], STREAM_SOFT).mul_(sigma.float()[:, None])
+    noise = normal_rows(seeds, positions, mean.shape[1], STREAM_SOFT).mul_(sigma[:, None])
     return mean.add_(noise).to(dtype)
 
 
 def rms(embedding: Tensor) -> float:
     """RMS over all entries of E [V, n0]: sigma = gamma * RMS(E) (paper, section 4.1).
 
-    In float64: a bf16 or float32 sum over V n0 squares would lose digits that sigma needs.
+    In float64: a bf16 or float32 sum over V n0 squares would lose digits that sigma needs. Raises ValueError on a wrong shape or
+    dtype, or where there are no entries.
     """
+    require_shape("embedding", embedding, (None, None), "[V, n0]")
+    require_dtype("embedding", embedding, *FLOATS, torch.float64)
+    if not embedding.numel():
+        raise ValueError(f"embedding: shape {list(embedding.shape)}, expected entries to average over")
     blocks = embedding.split(RMS_ROWS)  # a float64 copy of a large E would take gigabytes
     return (sum(float(block.double().square().sum()) for block in blocks) / embedding.numel()) ** 0.5
 
@@ -184,30 +219,39 @@ def rms(embedding: Tensor) -> float:
 def dense_mean(logits: Tensor, tau: Tensor, embedding: Tensor) -> Tensor:
     """softmax(logits / tau) E over the whole vocabulary, float32 [R, n0]: the paper's own form, the reference for `mix`.
 
-    logits float32 [R, V], tau float32 [R], embedding [V, n0]. Raises ValueError on wrong shapes or dtypes.
+    logits float32 [R, V], tau float32 [R] above 0, embedding [V, n0]. Raises ValueError on wrong shapes, dtypes or devices, or a
+    tau not above 0, for which it waits for the device.
     """
+    require_shape("embedding", embedding, (None, None), "[V, n0]")
+    require_dtype("embedding", embedding, *FLOATS)
     require_shape("logits", logits, (None, len(embedding)), "[R, V]")
-    require_shape("tau", tau, (len(logits),), "[R]")
     require_dtype("logits", logits, torch.float32)
+    require_same_device("embedding", embedding, "logits", logits)
+    _check_logits(logits, tau)
     shifted = (logits - logits.amax(-1, keepdim=True)) / tau[:, None]
     return shifted.softmax(-1) @ embedding.float()
 
 
-def _check_select(logits: Tensor, tau: Tensor, hidden: Tensor | None, head: Tensor | None, threshold: float) -> None:
+def _check_logits(logits: Tensor, tau: Tensor, threshold: float = 1e-6) -> None:
     require_shape("logits", logits, (None, None), "[R, V]")
     require_dtype("logits", logits, torch.float32, torch.bfloat16)
-    require_shape("tau", tau, (len(logits),), "[R]")
-    require_dtype("tau", tau, torch.float32)
+    _check_tau(tau, len(logits), logits, "logits")
     require_every("tau", tau > 0, "above 0")
     require_positive("threshold", threshold)
-    if logits.dtype == torch.float32:
-        return
-    if hidden is None or head is None:
-        raise ValueError("logits: bfloat16 without hidden and head, expected both (to rescore from) or float32 logits")
-    require_shape("hidden", hidden, (len(logits), None), "[R, d]")
+
+
+def _check_tau(tau: Tensor, rows: int, like: Tensor, like_name: str) -> None:
+    require_shape("tau", tau, (rows,), "[R]")
+    require_dtype("tau", tau, torch.float32)
+    require_same_device("tau", tau, like_name, like)
+
+
+def _check_rescore(hidden: Tensor, head: Tensor, rows: int | None, like: Tensor, like_name: str) -> None:
+    require_shape("hidden", hidden, (rows, None), "[R, d]")
     require_shape("head", head, (None, hidden.shape[1]), "[V, d]")
-    if len(head) < logits.shape[1]:
-        raise ValueError(f"head: shape {list(head.shape)}, expected a row for each of the {logits.shape[1]} logits")
+    for name, matrix in (("hidden", hidden), ("head", head)):
+        require_dtype(name, matrix, *FLOATS)
+        require_same_device(name, matrix, like_name, like)
 
 
 class _Scan(NamedTuple):
@@ -254,7 +298,15 @@ def _above(tiles: Tensor, scan: _Scan) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def settle(found: Candidates, values: Tensor, tau: Tensor, threshold: float = 1e-6) -> SupportBatch:
-    """The second half of `select_support`: threshold, argmax and softmax of candidates whose logits are `values`, float32 [N]."""
+    """The second half of `select_support`: threshold, argmax and softmax of candidates whose logits are `values`, float32 [N].
+
+    tau and threshold as there. Raises ValueError on wrong shapes, dtypes or devices.
+    """
+    require_shape("values", values, (len(found.ids),), "[N]")
+    require_dtype("values", values, torch.float32)
+    require_same_device("values", values, "found", found.ids)
+    _check_tau(tau, len(found.counts), found.ids, "found")
+    require_positive("threshold", threshold)
     rows, ids, counts, log_outside = found.rows, found.ids, found.counts, found.log_outside
     tau = tau.double()
     peak = segment_max(values, _offsets(counts))

@@ -105,14 +105,20 @@ def soft_logprob_dense(
 def soft_kl(mean: Tensor, other_mean: Tensor, sigma: Tensor) -> Tensor:
     """KL divergence [T] in nats of two soft policies with equal sigma, exactly: |h - h'|^2 / (2 sigma^2). No samples are drawn.
 
-    mean, other_mean [T, n0] in one dtype, float32 or float64; sigma [T]. Its square root times sqrt(2) is the distance of the
-    means in sigmas. Raises ValueError on wrong shapes or dtypes.
+    mean, other_mean [T, n0] in one dtype, float32 or float64; sigma float32 or float64 [T] above 0. Its square root times sqrt(2)
+    is the distance of the means in sigmas. Raises ValueError on wrong shapes, dtypes or devices, and on a sigma not above 0, for
+    which it does not wait for a GPU: there values are not looked at.
     """
     require_shape("mean", mean, (None, None), "[T, n0]")
     require_shape("other_mean", other_mean, (len(mean), mean.shape[1]), "[T, n0]")
     require_shape("sigma", sigma, (len(mean),), "[T]")
     require_dtype("mean", mean, torch.float32, torch.float64)
     require_dtype("other_mean", other_mean, mean.dtype)
+    require_dtype("sigma", sigma, torch.float32, torch.float64)
+    require_same_device("other_mean", other_mean, "mean", mean)
+    require_same_device("sigma", sigma, "mean", mean)
+    if not sigma.is_cuda:
+        require_every("sigma", sigma > 0, "above 0")
     return -_gaussian(mean, other_mean, sigma)
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import noise
-from kernels.checks import require_contiguous, require_dtype, require_same_device, require_shape
+from kernels.checks import require_contiguous
 
 GROUPS = 256  # counters per program of `_normals`: 4 normals each
 ROWS = 256  # rows per program of `_uniforms`
@@ -46,12 +46,9 @@ def uniform_rows(seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
 
 
 def _check_keys(seeds: Tensor, positions: Tensor) -> None:
-    require_shape("seeds", seeds, (None,), "[R]")
-    require_shape("positions", positions, (len(seeds),), "[R]")
-    for name, keys in (("seeds", seeds), ("positions", positions)):
-        require_dtype(name, keys, torch.int64)
-        require_contiguous(name, keys)
-    require_same_device("positions", positions, "seeds", seeds)
+    noise.check_keys(seeds, positions)
+    require_contiguous("seeds", seeds)
+    require_contiguous("positions", positions)
 
 
 @triton.jit

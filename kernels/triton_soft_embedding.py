@@ -19,7 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.checks import require_contiguous, require_dtype, require_ids, require_offsets, require_same_device, require_shape
+from kernels.checks import (
+    check_noise,
+    check_rebuild,
+    check_record,
+    check_table,
+    require_contiguous,
+    require_dtype,
+    require_same_device,
+    require_shape,
+)
 from kernels.noise import STREAM_SOFT
 from kernels.soft_embedding import TILE
 from kernels.triton_noise import normal_block
@@ -50,7 +59,8 @@ def soft_embeddings(
     _check_fixed(support, logits, tau, embedding, out, out.dtype)
     if len(embedding) < logits.shape[1]:
         raise ValueError(f"embedding: shape {list(embedding.shape)}, expected a row for each of the {logits.shape[1]} logits")
-    _check_noise(sigma, seeds, positions, len(logits), support.ids)
+    check_noise(sigma, seeds, positions, len(logits), support.ids)
+    _check_contiguous(sigma, seeds, positions)
     _launch_fixed(support, logits, tau, embedding, 0, (sigma, seeds, positions), out, out.dtype)
 
 
@@ -68,7 +78,7 @@ def partial_means(support: FixedSupport, logits: Tensor, tau: Tensor, rows: Tens
 
 def mix(ids: Tensor, probs: Tensor, offsets: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
     """As `kernels.soft_embedding.mix`: float32 [R, n0]. Raises ValueError before any launch, for which it waits for the device."""
-    _check_record(ids, probs, offsets, embedding, dtype)
+    check_record(ids, probs, offsets, embedding, dtype)
     means = torch.empty(len(offsets) - 1, embedding.shape[1], dtype=torch.float32, device=embedding.device)
     if means.numel():
         _embed_csr[_grid(means)](
@@ -89,8 +99,8 @@ def rebuild(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `kernels.soft_embedding.rebuild`: [R, n0] in `dtype`, the bits of `soft_embeddings`. Raises as `mix` does."""
-    _check_record(ids, probs, offsets, embedding, dtype)
-    _check_noise(sigma, seeds, positions, len(offsets) - 1, ids)
+    check_rebuild(ids, probs, offsets, embedding, sigma, seeds, positions, dtype)
+    _check_contiguous(sigma, seeds, positions)
     noisy = torch.empty(len(offsets) - 1, embedding.shape[1], dtype=dtype, device=embedding.device)
     if noisy.numel():
         _embed_csr[_grid(noisy)](
@@ -126,7 +136,7 @@ def _grid(out: Tensor) -> tuple[int, int]:
 
 def _check_fixed(support: FixedSupport, logits: Tensor, tau: Tensor, embedding: Tensor, out: Tensor, dtype: torch.dtype) -> None:
     check_batch(support, logits, tau)
-    _check_table(embedding, dtype, support.ids)
+    check_table(embedding, dtype, support.ids)
     require_shape("out", out, (None, embedding.shape[1]), "[R, n0]")
     if len(out) < len(logits):
         raise ValueError(f"out: shape {list(out.shape)}, expected a row for each of the {len(logits)} rows of logits")
@@ -134,40 +144,9 @@ def _check_fixed(support: FixedSupport, logits: Tensor, tau: Tensor, embedding: 
     require_same_device("out", out, "support", support.ids)
 
 
-def _check_table(embedding: Tensor, dtype: torch.dtype, ids: Tensor) -> None:
-    require_shape("embedding", embedding, (None, None), "[V, n0]")
-    require_dtype("embedding", embedding, *FLOATS)
-    require_contiguous("embedding", embedding)
-    require_same_device("embedding", embedding, "ids", ids)
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype: {dtype}, expected {' or '.join(map(str, FLOATS))}")
-
-
-def _check_record(ids: Tensor, probs: Tensor, offsets: Tensor, embedding: Tensor, dtype: torch.dtype) -> None:
-    require_shape("ids", ids, (None,), "[N]")
-    require_dtype("ids", ids, torch.int32, torch.int64)
-    require_shape("probs", probs, (len(ids),), "[N]")
-    require_dtype("probs", probs, torch.float32)
-    require_shape("offsets", offsets, (None,), "[R + 1]")
-    require_dtype("offsets", offsets, torch.int64)
-    for name, part in (("ids", ids), ("probs", probs), ("offsets", offsets)):
-        require_contiguous(name, part)
-        require_same_device(name, part, "embedding", embedding)
-    _check_table(embedding, dtype, ids)
-    require_offsets("offsets", offsets, len(ids))
-    require_ids("ids", ids, len(embedding))
-
-
-def _check_noise(sigma: Tensor, seeds: Tensor, positions: Tensor, rows: int, ids: Tensor) -> None:
-    for name, values, dtype in (
-        ("sigma", sigma, torch.float32),
-        ("seeds", seeds, torch.int64),
-        ("positions", positions, torch.int64),
-    ):
-        require_shape(name, values, (rows,), "[R]")
-        require_dtype(name, values, dtype)
+def _check_contiguous(sigma: Tensor, seeds: Tensor, positions: Tensor) -> None:
+    for name, values in (("sigma", sigma), ("seeds", seeds), ("positions", positions)):
         require_contiguous(name, values)
-        require_same_device(name, values, "ids", ids)
 
 
 @triton.jit

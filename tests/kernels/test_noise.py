@@ -160,3 +160,6 @@ def test_no_rows_and_wrong_inputs():
         normal_rows(torch.arange(3), torch.arange(2), 8)
     with pytest.raises(ValueError, match=r"seeds: dtype torch.int32, expected torch.int64"):
         uniform_rows(torch.arange(3, dtype=torch.int32), torch.arange(3), STREAM_COT)
+    for rows in (lambda *keys: normal_rows(*keys, 8), lambda *keys: uniform_rows(*keys, STREAM_COT)):
+        with pytest.raises(ValueError, match=r"positions: on meta, expected cpu, where seeds is"):
+            rows(torch.arange(3), torch.arange(3, device="meta"))

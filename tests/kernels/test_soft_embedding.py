@@ -6,7 +6,19 @@ from torch import Tensor
 
 from kernels import soft_embedding
 from kernels.noise import normal_rows
-from kernels.soft_embedding import SupportBatch, bad_rows, dense_mean, mix, rebuild, rms, select_support
+from kernels.soft_embedding import (
+    SupportBatch,
+    add_noise,
+    bad_rows,
+    dense_mean,
+    mix,
+    rebuild,
+    rescore,
+    rms,
+    screen,
+    select_support,
+    settle,
+)
 
 THRESHOLD = 1e-6
 TAUS = torch.tensor([1e-4, 1e-3, 1e-2, 0.1, 0.5, 1.0, 2.0])
@@ -194,6 +206,7 @@ def test_rebuild_is_mixture_plus_noise_rounded_once(dtype):
     assert result.dtype == dtype
     assert torch.equal(result, (mean + sigma[:, None] * normal_rows(seeds, positions, 42)).to(dtype))
     assert torch.equal(result[0], mean[0].to(dtype))  # sigma 0
+    assert torch.equal(rebuild(*record, embedding, sigma[:1].expand(7), seeds[:1].expand(7), positions, dtype)[0], result[0])
     alone = rebuild(
         support.ids[support.offsets[4] : support.offsets[5]],
         support.probs[support.offsets[4] : support.offsets[5]],
@@ -222,6 +235,63 @@ def test_rms_is_over_all_entries_without_rounding(dtype, monkeypatch):
     assert rms(embedding) == pytest.approx(float(embedding.double().square().mean().sqrt()), rel=1e-14)
 
 
+RECORD = {  # of two rows, in the order of the arguments of `rebuild`
+    "ids": torch.tensor([1, 4, 2]).int(),
+    "probs": torch.tensor([0.5, 0.5, 1.0]),
+    "offsets": torch.tensor([0, 2, 3]),
+    "embedding": torch.ones(10, 4),
+    "sigma": torch.ones(2),
+    "seeds": torch.arange(2),
+    "positions": torch.arange(2),
+    "dtype": torch.float32,
+}
+RECORD_ERRORS = [
+    ("ids", torch.tensor([1.0, 4.7, 2.0]), r"ids: dtype torch.float32, expected torch.int32 or torch.int64"),
+    ("ids", torch.tensor([1, 4, 2], device="meta").int(), r"ids: on meta, expected cpu, where embedding is"),
+    ("probs", torch.ones(3).double(), r"probs: dtype torch.float64, expected torch.float32"),
+    ("probs", torch.ones(3, device="meta"), r"probs: on meta, expected cpu, where embedding is"),
+    ("probs", torch.tensor([0.0, 0.0, 1.0]), r"probs: 1 of 2 rows have entries of no mass, expected probabilities that sum to 1"),
+    ("probs", torch.tensor([1.0, torch.nan, 0.0]), r"probs: 2 of 2 rows have entries of no mass"),
+    ("probs", torch.ones(6)[::2], r"probs: shape \[3\] with strides \[2\], expected a contiguous tensor"),
+    ("offsets", torch.tensor([0, 2, 3]).int(), r"offsets: dtype torch.int32, expected torch.int64"),
+    ("offsets", torch.tensor([0, 2, 3], device="meta"), r"offsets: on meta, expected cpu, where embedding is"),
+    ("offsets", torch.empty(0, dtype=torch.int64), r"offsets: shape \[0\], expected offsets that rise from 0 to 3, the entries"),
+    ("embedding", torch.ones(10, 4).int(), r"embedding: dtype torch.int32, expected torch.float32 or torch.bfloat16 or"),
+    ("embedding", torch.ones(10, 8)[:, ::2], r"embedding: shape \[10, 4\] with strides \[8, 2\], expected a contiguous tensor"),
+    ("embedding", torch.ones(4), r"embedding: shape \[4\], expected \[V, n0\] = \[any, any\]"),
+    ("dtype", torch.int8, r"dtype: torch.int8, expected torch.float32 or torch.bfloat16 or torch.float16"),
+]
+NOISE_ERRORS = [
+    ("sigma", torch.ones(2).double(), r"sigma: dtype torch.float64, expected torch.float32"),
+    ("sigma", torch.ones(2, device="meta"), r"sigma: on meta, expected cpu, where \w+ is"),
+    ("seeds", torch.arange(2).int(), r"seeds: dtype torch.int32, expected torch.int64"),
+    ("seeds", torch.arange(2, device="meta"), r"seeds: on meta, expected cpu, where \w+ is"),
+    ("positions", torch.arange(3), r"positions: shape \[3\], expected \[R\] = \[2\]"),
+    ("positions", torch.arange(2, device="meta"), r"positions: on meta, expected cpu, where \w+ is"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), RECORD_ERRORS)
+def test_a_wrong_record_is_named_before_it_is_mixed(name, value, message, monkeypatch):
+    monkeypatch.setattr(soft_embedding, "_mix", lambda *_: pytest.fail("work was begun"))
+    wrong = RECORD | {name: value}
+    with pytest.raises(ValueError, match=message):
+        mix(*(wrong[argument] for argument in ("ids", "probs", "offsets", "embedding", "dtype")))
+    with pytest.raises(ValueError, match=message):
+        rebuild(**wrong)
+
+
+@pytest.mark.parametrize(("name", "value", "message"), NOISE_ERRORS)
+def test_wrong_keys_of_the_noise_are_named_before_it_is_made(name, value, message, monkeypatch):
+    monkeypatch.setattr(soft_embedding, "_mix", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(soft_embedding, "normal_rows", lambda *_: pytest.fail("work was begun"))
+    wrong = RECORD | {name: value}
+    with pytest.raises(ValueError, match=message):
+        rebuild(**wrong)
+    with pytest.raises(ValueError, match=message):
+        add_noise(torch.zeros(2, 4), wrong["sigma"], wrong["seeds"], wrong["positions"], torch.float32)
+
+
 def test_wrong_inputs_are_named():
     logits, tau = torch.randn(2, 10), torch.ones(2)
     with pytest.raises(ValueError, match=r"logits: bfloat16 without hidden and head"):
@@ -236,6 +306,23 @@ def test_wrong_inputs_are_named():
         select_support(logits, tau, threshold=0)
     with pytest.raises(ValueError, match=r"logits: shape \[2, 10\], expected \[R, V\] = \[any, 9\]"):
         dense_mean(logits, tau, torch.randn(9, 3))
+    with pytest.raises(ValueError, match=r"embedding: on meta, expected cpu, where logits is"):
+        dense_mean(logits, tau, torch.ones(10, 3, device="meta"))
+    with pytest.raises(ValueError, match=r"tau: dtype torch.float64, expected torch.float32"):
+        select_support(logits, tau.double())
+    with pytest.raises(ValueError, match=r"tau: on meta, expected cpu, where logits is"):
+        select_support(logits, tau.to("meta"))
+    with pytest.raises(ValueError, match=r"head: on meta, expected cpu, where logits is"):
+        select_support(logits.bfloat16(), tau, torch.randn(2, 3), torch.ones(10, 3, device="meta"))
+    with pytest.raises(ValueError, match=r"hidden: dtype torch.int64, expected torch.float32 or"):
+        select_support(logits.bfloat16(), tau, torch.ones(2, 3).long(), torch.randn(10, 3))
+    found = screen(logits, tau)
+    with pytest.raises(ValueError, match=r"values: shape \[0\], expected \[N\] = \[\d+\]"):
+        settle(found, found.logits[:0], tau)
+    with pytest.raises(ValueError, match=r"ids: dtype torch.float32, expected torch.int32 or torch.int64"):
+        rescore(found.rows, found.ids.float(), torch.randn(2, 3), torch.randn(10, 3))
+    with pytest.raises(ValueError, match=r"embedding: shape \[0, 3\], expected entries to average over"):
+        rms(torch.empty(0, 3))
     support = select_support(logits, tau)
     with pytest.raises(ValueError, match=r"sigma: shape \[3\], expected \[R\] = \[2\]"):
         record = (support.ids, support.probs, support.offsets, torch.randn(10, 4))

@@ -202,6 +202,24 @@ def test_wrong_inputs_are_named_before_any_work(dense, change, message, monkeypa
         fused(change(problem(torch.float32, False)), dense)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": torch.zeros(2, 3).bfloat16()}, r"mean: dtype torch.bfloat16, expected torch.float32 or torch.float64"),
+        ({"other_mean": torch.zeros(2, 3).double()}, r"other_mean: dtype torch.float64, expected torch.float32"),
+        ({"other_mean": torch.zeros(2, 3, device="meta")}, r"other_mean: on meta, expected cpu, where mean is"),
+        ({"sigma": torch.ones(3)}, r"sigma: shape \[3\], expected \[T\] = \[2\]"),
+        ({"sigma": torch.ones(2).int()}, r"sigma: dtype torch.int32, expected torch.float32 or torch.float64"),
+        ({"sigma": torch.ones(2, device="meta")}, r"sigma: on meta, expected cpu, where mean is"),
+        ({"sigma": torch.tensor([0.0, -1.0])}, r"sigma: shape \[2\] with 2 elements not above 0, expected every element above 0"),
+        ({"sigma": torch.tensor([1.0, torch.nan])}, r"sigma: shape \[2\] with 1 elements not above 0"),
+    ],
+)
+def test_wrong_inputs_of_the_divergence_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        soft_kl(**{"mean": torch.zeros(2, 3), "other_mean": torch.ones(2, 3), "sigma": torch.ones(2)} | change)
+
+
 def test_a_chunk_of_no_tokens_is_refused():
     with pytest.raises(ValueError, match=r"chunk_tokens: 0, expected a number above 0"):
         fused(problem(torch.float32, False), True, chunk=0)

@@ -124,7 +124,8 @@ def test_the_parts_of_all_ranks_add_up_to_the_means(bounds, capacity, device):
     assert torch.equal(total, means) if len(parts) == 1 else (total - means).abs().max() < 1e-6
     for (begin, end), part in zip(pairwise(bounds), parts, strict=True):
         held = (record.ids >= begin) & (record.ids < end)
-        alone = mix(record.ids, record.probs * held, record.offsets, embedding, BF16)
+        offsets = torch.nn.functional.pad(held.cumsum(0), (1, 0))[record.offsets]
+        alone = mix(record.ids[held], record.probs[held], offsets, embedding, BF16)
         assert torch.equal(part + 0.0, alone + 0.0)
 
 
