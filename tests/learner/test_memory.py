@@ -1,18 +1,20 @@
 """A micro-batch that is measured fits what is free, is the same on every rank, and stays what it was when a run resumes."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from configs.errors import InputError, RunError
 from configs.schema import Config, Mode
 from learner import memory
-from learner.batch import pack, packed_rows
+from learner.batch import Weighted, pack, packed_rows
 from learner.checkpoint import step_folder
 from learner.learner import Learner
-from learner.memory import MOST, peak_bytes, probe, rows_that_fit
+from learner.memory import MOST, Measured, at_worst, peak_bytes, probe, rows_that_fit, seen_again, shared_probe, worst_seen_again
 from tests.learner.tiny import load_model, mixed_group, tiny_config
 
 CPU = torch.device("cpu")
@@ -31,6 +33,39 @@ def test_rows_lie_on_the_line_through_what_was_measured() -> None:
     assert rows_that_fit(few, many, 200_000.0) == rows_that_fit(few, many, 100_000.0) == 0
     assert rows_that_fit(few, many, 1e9) == MOST
     assert rows_that_fit(few, (2000, 300_000), 300_100.0) == 1100  # no growth was seen: a byte a row, not none
+
+
+@pytest.mark.parametrize("each", [0, 3000])
+@pytest.mark.parametrize(("prompts", "prompt", "samples"), [(3, 64, 8), (1, 200, 8), (20, 226, 8), (2, 226, 4), (7, 5, 1)])
+def test_a_planned_micro_batch_needs_no_more_than_is_free(each: int, prompts: int, prompt: int, samples: int) -> None:
+    """Whatever a row of a prompt that is seen again costs, and however many of them there are."""
+    config = measuring()
+    config.engine.max_model_len, config.rollout.samples_per_prompt = 256, 8  # prompts of at most 226
+
+    def peak(samples: list[Weighted]) -> int:
+        (batch,) = pack(samples, packed_rows(samples))
+        keys = batch.segments.keys.flat.numel() - batch.segments.samples.flat.numel()
+        assert keys == seen_again(samples)
+        return 5 * MEBIBYTE + 10_000 * batch.rows + each * keys
+
+    runs = probe(config, 1024), probe(config, 2048), shared_probe(config, 1024)
+    found = [Measured(packed_rows(run), seen_again(run), peak(run)) for run in runs]
+    one = probe(config, 1)[0][0]
+    real = [(replace(one, prompt_ids=np.full(prompt, i, np.int32)), 1.0) for i in range(prompts) for _ in range(samples)]
+    free = peak(real)
+    fit = rows_that_fit(*at_worst(found[0], found[1], found[2], worst_seen_again(config)), float(free))
+    assert fit <= packed_rows(real) + 1
+    if each == 0 or (prompt, samples) == (226, 8):  # as many as there are: the plan wastes nothing
+        assert fit >= packed_rows(real) - 1
+    if each > 0 and samples > 1:  # the line alone would have let in more than fits
+        assert rows_that_fit(found[0][::2], found[1][::2], float(free)) > packed_rows(real)
+
+
+def test_short_samples_after_a_shared_prompt_are_measured_without_padding() -> None:
+    samples = shared_probe(measuring(), 300)
+    (batch,) = pack(samples, 10_000)
+    assert 300 <= batch.rows < 316 and len(samples) == 3
+    assert batch.segments.keys.padded.numel() == batch.segments.keys.flat.numel() == 3 * (256 + 16)
 
 
 @pytest.mark.parametrize("mode", list(Mode))
