@@ -157,13 +157,18 @@ def mixed_group(model: Any, modes: Sequence[Mode], prompt: Sequence[int] = (3, 1
     return Group(step=0, prompt_index=seed, samples=tuple(samples))
 
 
-def naive_logprobs(model: Any, trajectory: Trajectory, support: Support = Support.recorded) -> tuple[Tensor, Tensor]:
-    """(log pi [C] of the CoT steps, log pi [A] of the answer): the sample alone, plain autograd, in the model's dtype."""
+def naive_logprobs(
+    model: Any, trajectory: Trajectory, support: Support = Support.recorded, engine: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """(log pi [C] of the CoT steps, log pi [A] of the answer): the sample alone, plain autograd, in the model's dtype.
+
+    h~ is what an engine of dtype `engine` fed back.
+    """
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     prompt, cot, prefill = len(trajectory.prompt_ids), trajectory.cot_length, len(trajectory.prefill_ids)
     inputs = table[torch.from_numpy(trajectory.input_ids()).long()]
     if trajectory.mode is not Mode.hard:
-        noisy = _noisy(table, trajectory)
+        noisy = _noisy(table, trajectory, engine)
         inputs = torch.cat([inputs[:prompt], noisy.to(inputs.dtype), inputs[prompt + cot :]])
     hidden = model.base_model(inputs_embeds=inputs[None]).last_hidden_state[0]
     logits = hidden @ head.T
@@ -184,8 +189,8 @@ def naive_logprobs(model: Any, trajectory: Trajectory, support: Support = Suppor
     return -(noisy.to(mean.dtype) - mean).square().sum(-1) / (2 * sigma**2), answer
 
 
-def _noisy(table: Tensor, trajectory: Trajectory) -> Tensor:
-    """h~ [C, n0] in float32, as data."""
+def _noisy(table: Tensor, trajectory: Trajectory, dtype: torch.dtype) -> Tensor:
+    """h~ [C, n0] in `dtype`, as data."""
     steps = torch.arange(trajectory.cot_length)
     return rebuild(
         torch.from_numpy(trajectory.support_ids),
@@ -195,22 +200,31 @@ def _noisy(table: Tensor, trajectory: Trajectory) -> Tensor:
         torch.full((len(steps),), trajectory.sigma),
         torch.full((len(steps),), trajectory.noise_seed),
         len(trajectory.prompt_ids) + steps,
-        torch.float32,
+        dtype,
     )
 
 
 def naive_gradients(
-    folder: Path, groups: Sequence[Group], support: Support = Support.recorded, cot_weight: float = 1.0
+    folder: Path,
+    groups: Sequence[Group],
+    support: Support = Support.recorded,
+    cot_weight: float = 1.0,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """Float64 autograd of the paper's loss: RLOO, 1 / (B G), every sample alone. Parameter name -> gradient."""
+    """Float64 autograd of the paper's loss: RLOO, 1 / (B G), every sample alone. Parameter name -> gradient.
+
+    Weights and soft inputs are first rounded to `dtype`, as a learner and an engine of that dtype see them.
+    """
     model = load_model(folder, torch.float64)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).double()
     # transformers computes rotary angles in float32 and some norms upcast to float32; both stand in the learner as well.
     for group in groups:
         rewards = [sample.reward for sample in group.samples]
         for index, sample in enumerate(group.samples):
             others = rewards[:index] + rewards[index + 1 :]
             advantage = sample.reward - sum(others) / len(others)
-            cot, answer = naive_logprobs(model, sample.trajectory, support)
+            cot, answer = naive_logprobs(model, sample.trajectory, support, dtype)
             loss = -advantage / (len(groups) * len(rewards)) * (cot_weight * cot.sum() + answer.sum())
             loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
