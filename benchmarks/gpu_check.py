@@ -237,6 +237,9 @@ def format_figures(figures: Results) -> list[str]:
         roofline = f", {t['of_roofline']:4.0%} of roofline" if t["roofline"] else ""
         other = f", {t['against']} {1e3 * t['against_seconds']:.3f} ms ({t['speed_up']:.2f}x)" if "speed_up" in t else ""
         bar = f", bar {1e3 * t['bar']:.3f} {'met' if t['met'] else 'NOT MET'}" if "bar" in t else ""
+        if "liger" in t:
+            took = f" {1e3 * t['liger_seconds']:.3f} ms ({t['liger_speed_up']:.2f}x)" if "liger_seconds" in t else ""
+            other += f", {t['liger']}{took}"
         lines.append(f"{1e3 * t['seconds']:10.3f} ms  {t['name']}{roofline}{other}{bar}")
     for b in figures.get("bars", []):
         lines.append(f"{b['value']:10.3g}  {b['name']}, bar {b['bar']:.3g} {'met' if b['met'] else 'NOT MET'}")

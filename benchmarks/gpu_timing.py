@@ -21,6 +21,11 @@ from cluster.bench_logprobs import GAMMA, RMS_OF_WIDTH, TAU, Inputs, forward, ma
 from kernels import matmul, segments, triton_noise, triton_segments, triton_select, triton_soft_embedding, triton_softmax
 from kernels.noise import STREAM_SOFT
 
+try:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+except ImportError:  # optional
+    LigerFusedLinearCrossEntropyLoss = None
+
 Figures = dict[str, Any]
 
 DATASHEET = {"H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12)}  # SXM: bytes/s, dense bf16 FLOP/s
@@ -317,7 +322,7 @@ def _time_logprobs(setting: Setting, peaks: Peaks, inputs: Inputs) -> list[Figur
     token = lines["token", "both"]
     for form in ("support", "dense"):
         lines[form, "both"] = against(lines[form, "both"], "token", token["seconds"])
-    lines["token", "both"] = _against_torch(setting, token, inputs)
+    lines["token", "both"] = _against_torch(setting, token, inputs) | _against_liger(setting, token, inputs)
     return list(lines.values())
 
 
@@ -339,6 +344,22 @@ def _against_torch(setting: Setting, token: Figures, inputs: Inputs) -> Figures:
         return against(token, "F.cross_entropy of all logits at once", seconds_of(at_once, setting))
     except torch.cuda.OutOfMemoryError:
         return token | {"against": "F.cross_entropy of all logits at once: out of memory"}
+
+
+def _against_liger(setting: Setting, token: Figures, inputs: Inputs) -> Figures:
+    """Seconds of Liger's fused linear cross entropy on the same inputs, and how many times as long as the token form that is."""
+    if LigerFusedLinearCrossEntropyLoss is None:
+        return {"liger": "liger-kernel is not installed"}
+    if not setting.on_gpu:
+        return {"liger": "LigerFusedLinearCrossEntropyLoss needs a GPU"}
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    leaves = inputs.hidden, inputs.head
+
+    def liger() -> None:
+        torch.autograd.grad(loss(inputs.head, inputs.hidden, inputs.targets), leaves)
+
+    seconds = seconds_of(liger, setting)
+    return {"liger": "LigerFusedLinearCrossEntropyLoss", "liger_seconds": seconds, "liger_speed_up": seconds / token["seconds"]}
 
 
 # Memory

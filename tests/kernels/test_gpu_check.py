@@ -142,8 +142,10 @@ def test_the_printed_lines_tell_rooflines_bars_and_steps(capsys):
     timing = {"name": "mixture", "seconds": 4e-5, "bytes": 1.0, "flops": 0.0, "roofline": 1e-5, "of_roofline": 0.25}
     timing |= {"bar": 3.5e-5, "met": False, "against": "dense", "against_seconds": 4e-4, "speed_up": 10.0}
     whole = {"seconds": 2.0, "generated_tokens_per_s": 5000.0, "parts": {"inputs": 0.1, "logprobs": 0.4}}
+    absent = {"name": "token", "seconds": 2e-3, "roofline": 0.0, "liger": "liger-kernel is not installed"}
+    beside = absent | {"liger": "Liger", "liger_seconds": 3e-3, "liger_speed_up": 1.5}
     figures = {
-        "timings": [timing],
+        "timings": [timing, absent, beside],
         "bars": [{"name": "rows", "value": 3.0, "bar": 16.0, "met": True}],
         "soft": {"at_32_layers": whole},
     }
@@ -155,6 +157,8 @@ def test_the_printed_lines_tell_rooflines_bars_and_steps(capsys):
         "noise      failed, 0 of 1 checks",
         "FAILED words: 3, at most 0",
         "0.040 ms  mixture,  25% of roofline, dense 0.400 ms (10.00x), bar 0.035 NOT MET",
+        "2.000 ms  token, liger-kernel is not installed\n",
+        "2.000 ms  token, Liger 3.000 ms (1.50x)\n",
         "3  rows, bar 16 met",
         "2000 ms  soft step, on a line to 32 layers: inputs 100, logprobs 400 ms; 5,000 generated tokens/s",
     ):
