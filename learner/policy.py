@@ -25,7 +25,9 @@ from learner import attention
 from learner.attention import Segments
 from learner.batch import PackedBatch, SoftSteps
 from learner.losses import Terms, policy_terms
+from rollout.models import LOGIT_KEYS
 
+PROBED_IDS = 64
 TORCH_DTYPE = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
 
 
@@ -116,6 +118,7 @@ def build_policy(model_dir: str | Path, config: Config, device: torch.device) ->
     if absent := sorted(loading["missing_keys"]):
         raise InputError(f"{model_dir}: lacks {', '.join(absent[:3])} ({len(absent)} tensors); expected a whole causal LM")
     layers = _require_supported(model, model_dir)
+    require_plain_inputs(model, layers[0], model_dir)
     _without_dropout(model)
     if config.learner.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -137,7 +140,7 @@ def _require_supported(model: Any, model_dir: str | Path) -> nn.ModuleList:
         raise InputError(f"{model_dir}: no {missing} found in {type(model).__name__}; softrl needs a causal LM that has both")
     if getattr(head, "bias", None) is not None:
         raise InputError(f"{model_dir}: the LM head has a bias; softrl evaluates logits as hidden @ head^T")
-    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+    for key in LOGIT_KEYS:
         if getattr(config, key, None) not in (None, 1, 1.0):
             raise InputError(f"{model_dir}: {key} {getattr(config, key)} changes the logits; softrl evaluates hidden @ head^T")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -147,6 +150,43 @@ def _require_supported(model: Any, model_dir: str | Path) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
             return module
     raise InputError(f"{model_dir}: no list of {config.num_hidden_layers} decoder layers found in {type(model).__name__}")
+
+
+class _Reached(Exception):
+    """The first decoder layer was reached; holds its input."""
+
+
+@torch.no_grad()
+def require_plain_inputs(model: Any, first_layer: nn.Module, model_dir: str | Path) -> None:
+    """Raises InputError unless token ids and the embedding's rows of them reach the first decoder layer alike, to the bit.
+
+    A model may scale embeddings in the embedding's own module (Gemma) or in its body, there for ids alone (Falcon-H1) or for
+    both (Granite, which is no matter: soft rows are scaled with the others).
+    """
+
+    def stop(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+    def reached(**inputs: Tensor) -> Tensor:
+        try:
+            model.base_model(position_ids=position, use_cache=False, **inputs)
+        except _Reached as found:
+            return cast(Tensor, found.args[0])
+        raise InputError(f"{model_dir}: {type(model).__name__} does not run the decoder layers that it lists")
+
+    rows = model.get_input_embeddings().weight
+    ids = torch.arange(0, len(rows), max(1, len(rows) // PROBED_IDS))[None]  # some rows may be zero, which scaling does not show
+    position = torch.arange(ids.shape[1])[None]
+    hook = first_layer.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        plain = torch.equal(reached(input_ids=ids), reached(inputs_embeds=rows[ids]))
+    finally:
+        hook.remove()
+    if not plain:
+        raise InputError(
+            f"{model_dir}: {type(model).__name__} scales or shifts the rows of its embedding on their way in; soft tokens are "
+            "mixtures of the rows as they are"
+        )
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -28,6 +28,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
 CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel")  # how transformers names them
+LOGIT_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # of a config: logits are not hidden @ head^T alone
+# What says that inputs are not rows of the embedding: the name of a family whose classes scale them without a word in config.json,
+# or a key. Worker and learner compare the numbers themselves; this is what is known before a weight is loaded.
+SCALING_FAMILY, SCALE_KEYS = "gemma", ("scale_emb",)
 
 
 def resolve_model(path: str) -> Path:
@@ -98,13 +102,14 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
 
 def check_model(folder: Path, name: str) -> None:
     """InputError unless `folder` holds a causal language model that softrl can train: config, safetensors, tokenizer, an
-    embedding and an LM head, tied or not. Reads config and tensor names only."""
+    embedding and an LM head, tied or not, and nothing that scales what they give. Reads config and tensor names only."""
     config = _read_json(folder / "config.json", name)
     tensors = _tensor_names(folder, name)
     classes = [str(architecture) for architecture in config.get("architectures") or []]
     if not any(architecture.endswith(CAUSAL_CLASSES) for architecture in classes):
         found = ", ".join(classes) or "nothing"
         raise InputError(f"model.path: {name}: not a causal language model: architectures in config.json holds {found}")
+    _require_plain_ends(config, classes, name)
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise InputError(f"model.path: {name}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)} in {folder}")
     if not any(tensor.endswith(EMBEDDING_NAMES) for tensor in tensors):
@@ -114,6 +119,16 @@ def check_model(folder: Path, name: str) -> None:
             f"model.path: {name}: no LM head: its weights hold none of {', '.join(HEAD_NAMES)} and tie_word_embeddings is not "
             "true in config.json; give a causal language model"
         )
+
+
+def _require_plain_ends(config: dict[str, Any], classes: list[str], name: str) -> None:
+    text = config.get("text_config") or config
+    if scaled := [architecture for architecture in classes if SCALING_FAMILY in architecture.lower()]:
+        raise InputError(f"model.path: {name}: {scaled[0]} scales its embeddings; soft tokens are mixtures of them as they are")
+    for keys, part in ((SCALE_KEYS, "the embeddings, of which soft tokens are mixtures"), (LOGIT_KEYS, "hidden @ head^T")):
+        for key in keys:
+            if text.get(key) not in (None, 1):
+                raise InputError(f"model.path: {name}: {key} {text[key]} in config.json; softrl takes {part}, as they are")
 
 
 def _tied(folder: Path, config: dict[str, Any], name: str) -> bool:

@@ -16,6 +16,8 @@ from rollout.token_tables import build_token_tables, silent_id
 from rollout.vocab_rows import VocabRows, vocab_rows
 from rollout.wire import AttachSpec, pack_records
 
+PROBED_IDS = 64  # spread over the vocabulary: some rows may be zero, which scaling would not show
+
 
 class SoftWorkerExtension:
     """Methods that the engine actor calls on each worker. Nothing soft happens before `softrl_attach`."""
@@ -77,6 +79,7 @@ def attach_decoder(runner: Any, spec: AttachSpec) -> dict[str, Any]:
     model = runner.get_model()
     embedding, head = input_embedding(model), output_head(model)
     vocab_size = runner.model_config.get_vocab_size()
+    require_plain_inputs(model, embedding, vocab_size)
     tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer)
     decoder = SoftDecoder(
         slots=2 * spec.max_num_seqs,  # preempted requests keep their slot while others run
@@ -110,10 +113,39 @@ def input_embedding(model: Any) -> VocabRows:
     raise InputError(f"{type(model).__name__} is not supported: vLLM's class has no input embedding at model.embed_tokens")
 
 
+def require_plain_inputs(model: Any, embedding: VocabRows, vocab_size: int) -> None:
+    """Raises InputError unless the model's input for a token is the very mixture of that token alone, to the bit.
+
+    A model that scales its embeddings would be fed mixtures of another scale than its tokens.
+    """
+    ids = torch.arange(0, vocab_size, max(1, vocab_size // PROBED_IDS), device=embedding.rows.device)
+    inputs = model.embed_input_ids(ids)
+    probs, offsets = torch.ones(len(ids), device=ids.device), torch.arange(len(ids) + 1, device=ids.device)
+    mixtures = embedding.soft_embeddings(ids.int(), probs, offsets, torch.zeros_like(probs), ids, ids)
+    if not torch.equal(inputs, mixtures):
+        raise InputError(
+            f"{type(model).__name__} is not supported: its inputs are not the rows of its embedding (it scales or shifts them), of "
+            "which soft tokens are mixtures"
+        )
+
+
 def output_head(model: Any) -> VocabRows:
-    """[V', d], the rows of the LM head, tied or not. Raises InputError where the model has none that we can find."""
+    """[V', d], the rows of the LM head, tied or not. Raises InputError where the model has none that we can find, and where its
+    logits are not hidden @ head^T, which is what a worker rescores and the learner evaluates."""
     for module in (model, getattr(model, "language_model", None)):
         head = getattr(module, "lm_head", None)
         if head is not None and getattr(head, "weight", None) is not None:
+            _require_plain_logits(type(model).__name__, head, module.logits_processor)
             return vocab_rows(head)
     raise InputError(f"{type(model).__name__} is not supported: vLLM's class has no LM head at lm_head")
+
+
+def _require_plain_logits(name: str, head: Any, processor: Any) -> None:
+    """`processor` is vLLM's LogitsProcessor (vllm/model_executor/layers/logits_processor.py)."""
+    for what, found, plain in (
+        ("a bias in its LM head", getattr(head, "bias", None) is not None, False),
+        (f"logits scaled by {processor.scale}", processor.scale, 1.0),
+        (f"logits capped at {processor.soft_cap}", processor.soft_cap, None),
+    ):
+        if found != plain:
+            raise InputError(f"{name} is not supported: it has {what}, soft decoding needs plain hidden @ head^T")

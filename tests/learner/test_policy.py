@@ -10,6 +10,12 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import (
     AutoModel,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -22,7 +28,7 @@ from configs.errors import InputError
 from configs.schema import Config, Dtype, Mode, Support
 from learner.batch import Weighted, pack
 from learner.losses import Terms
-from learner.policy import Policy, build_policy
+from learner.policy import Policy, build_policy, require_plain_inputs
 from rollout.trajectory import Trajectory
 from tests.learner.tiny import HIDDEN, load_model, mixed_group, naive_logprobs, relative, roll_out, tiny_config
 
@@ -204,6 +210,29 @@ def test_models_whose_policy_we_cannot_state_are_refused(tmp_path: Path) -> None
     capped.config.final_logit_softcapping = 30.0
     capped.save_pretrained(tmp_path / "capped")
     refused(tmp_path / "capped", "final_logit_softcapping")
+    GemmaForCausalLM(GemmaConfig(**small | {"head_dim": 32})).save_pretrained(tmp_path / "gemma")
+    refused(tmp_path / "gemma", "GemmaForCausalLM scales or shifts the rows of its embedding")
+
+
+def test_a_body_that_scales_the_embeddings_of_ids_alone_is_refused(tmp_path: Path) -> None:
+    config = FalconH1Config(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+        head_dim=32, mamba_d_ssm=32, mamba_n_heads=1, mamba_d_head=32, mamba_d_state=8, embedding_multiplier=2.0,
+    )  # fmt: skip
+    model = FalconH1ForCausalLM(config)
+    with pytest.raises(InputError, match="FalconH1ForCausalLM scales or shifts"):
+        require_plain_inputs(model, model.model.layers[0], tmp_path)
+    model.model.embedding_multiplier = 1.0
+    require_plain_inputs(model, model.model.layers[0], tmp_path)
+
+
+def test_a_body_that_scales_rows_and_ids_alike_is_a_model_like_any_other(tmp_path: Path) -> None:
+    small = llama().to_dict()
+    small.pop("model_type")
+    torch.manual_seed(0)
+    model = GraniteForCausalLM(GraniteConfig(**small | {"embedding_multiplier": 12.0})).eval()
+    model.save_pretrained(tmp_path)
+    assert_speaks_alike(tmp_path, model)
 
 
 def test_qwen2_is_a_model_like_any_other(tmp_path: Path) -> None:
@@ -212,10 +241,15 @@ def test_qwen2_is_a_model_like_any_other(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(**small)).eval()
     model.save_pretrained(tmp_path)
+    assert_speaks_alike(tmp_path, model)
+
+
+def assert_speaks_alike(folder: Path, model: Any) -> None:
+    """The policy of a folder has the log-probs of the transformers model that was saved there."""
     ids = torch.arange(8)
-    expected = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
     with torch.no_grad():
-        torch.testing.assert_close(build(tmp_path).next_token_logprobs(ids), expected, rtol=0, atol=1e-5)
+        expected = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        torch.testing.assert_close(build(folder).next_token_logprobs(ids), expected, rtol=0, atol=1e-5)
 
 
 def test_dropout_of_the_checkpoint_is_switched_off(tmp_path: Path) -> None:

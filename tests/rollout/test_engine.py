@@ -1,6 +1,8 @@
 """The engine actor and the real worker side, with vLLM between them left out: what is refused, and that nothing is left behind."""
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from vllm.config import ParallelConfig
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -29,9 +39,29 @@ DEADLINE_S = 20
 VOCABULARY = 49152  # SmolLM2's, whose tokenizer is used
 
 
-def llama() -> nn.Module:
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1)
-    return LlamaForCausalLM(config)
+SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+
+def as_vllms(model: Any, **logits: float) -> nn.Module:
+    """A transformers model under the names that vLLM's classes have; `logits` are what vLLM's LogitsProcessor would do."""
+    model.embed_input_ids = model.get_input_embeddings()
+    model.logits_processor = SimpleNamespace(**{"scale": 1.0, "soft_cap": None} | logits)
+    return model
+
+
+def llama(**logits: float) -> nn.Module:
+    return as_vllms(LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **SMALL)), **logits)
+
+
+def gemma() -> nn.Module:
+    """Its embedding has a scale of its own: sqrt(d)."""
+    return as_vllms(GemmaForCausalLM(GemmaConfig(vocab_size=VOCABULARY, num_key_value_heads=1, head_dim=32, **SMALL)))
+
+
+def biased() -> nn.Module:
+    model = llama()
+    model.lm_head.bias = nn.Parameter(torch.zeros(VOCABULARY))
+    return model
 
 
 class Runner(GPUModelRunner):
@@ -121,6 +151,23 @@ def test_a_model_without_the_matrices_that_soft_decoding_needs_is_bad_input(
     )
 
 
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (gemma, r"GemmaForCausalLM is not supported: its inputs are not the rows of its embedding \(it scales or shifts them"),
+        (biased, "LlamaForCausalLM is not supported: it has a bias in its LM head, soft decoding needs plain hidden @ head"),
+        (partial(llama, scale=0.5), "it has logits scaled by 0.5"),
+        (partial(llama, soft_cap=30.0), "it has logits capped at 30.0"),
+    ],
+)
+def test_a_model_that_alters_what_its_matrices_give_is_bad_input(
+    config: Config, monkeypatch: pytest.MonkeyPatch, model: Callable[[], nn.Module], says: str
+) -> None:
+    """A mixture of rows as they are would not be an input like its others, nor hidden @ head^T its logits."""
+    with pytest.raises(InputError, match=rf"^model\.path: smollm2-135m: .*{says}"):
+        asyncio.run(start(config, model(), monkeypatch).start())
+
+
 def test_a_tokenizer_whose_bytes_cannot_be_told_is_bad_input(
     config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -136,6 +183,7 @@ def test_a_tokenizer_whose_bytes_cannot_be_told_is_bad_input(
     [
         ({"max_cot_tokens": 7}, r"prompt 8 asks for max_cot_tokens = 7, .* policy\.max_cot_tokens = 6; raise it"),
         ({"max_answer_tokens": 4}, r"prompt 8 asks for max_answer_tokens = 4, .* policy\.max_answer_tokens = 3; raise it"),
+        ({"tau": 0.0}, r"prompt 8, sample 0 asks for tau = 0\.0: expected a finite number of at least 1e-05 in soft mode"),
         ({"prompt_ids": np.zeros(250, dtype=np.int32)}, r"prompt 8 has 250 tokens and needs \d+ .* engine\.max_model_len is 256"),
     ],
 )
@@ -146,11 +194,12 @@ def test_a_request_beyond_what_the_engine_was_started_for_is_refused(
         engine = start(config, llama(), monkeypatch)
         await engine.start()
         assert engine._llm.runner.softrl.decoder.arena.dropped.shape == (2 * 4, 6)
-        async for _ in engine.generate([a_request(), a_request(**fields)]):
-            pass
+        with pytest.raises(InputError, match=says):
+            async for _ in engine.generate([a_request(), a_request(**fields)]):
+                pass
+        assert not engine._llm.decoded.is_set()
 
-    with pytest.raises(InputError, match=says):
-        asyncio.run(ask())
+    asyncio.run(ask())
 
 
 def test_a_record_that_nobody_will_fetch_is_dropped(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,7 +204,8 @@ def checkpoint(folder: Path, config: dict[str, Any], tensors: tuple[str, ...]) -
         (LLAMA, TENSORS),
         (LLAMA | {"tie_word_embeddings": True}, TENSORS[:2]),
         ({"architectures": ["GPTNeoXForCausalLM"]}, ("gpt_neox.embed_in.weight", "embed_out.weight")),
-        ({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}, TENSORS[:2]),  # tied by its class's default
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, ("wte.weight",)),  # tied by its class's default
+        (LLAMA | {"scale_emb": None, "logit_scale": 1.0}, TENSORS),
     ],
 )
 def test_an_embedding_with_a_tied_or_untied_head_is_accepted(
@@ -229,6 +230,24 @@ def test_a_model_without_embedding_or_head_is_refused(
 ) -> None:
     folder = checkpoint(tmp_path / "model", config, tensors)
     with pytest.raises(InputError, match=message) as refused:
+        check_model(folder, "mine")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}, "Gemma2ForCausalLM scales its embeddings"),
+        ({"architectures": ["RecurrentGemmaForCausalLM"]}, "RecurrentGemmaForCausalLM scales its embeddings"),
+        ({"architectures": ["MiniCPMForCausalLM"], "scale_emb": 12}, "scale_emb 12 in config.json; softrl takes the embeddings"),
+        ({"architectures": ["CohereForCausalLM"], "logit_scale": 0.5}, r"logit_scale 0\.5 in config\.json; softrl takes hidden"),
+        (LLAMA | {"text_config": {"logits_scaling": 8}}, "logits_scaling 8"),
+        (LLAMA | {"final_logit_softcapping": 30.0}, r"final_logit_softcapping 30\.0"),
+    ],
+)
+def test_a_model_that_scales_what_goes_in_or_comes_out_is_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    folder = checkpoint(tmp_path / "model", config, TENSORS)
+    with pytest.raises(InputError, match=f"^model\\.path: mine: {message}") as refused:
         check_model(folder, "mine")
     assert "\n" not in str(refused.value)
 
