@@ -9,7 +9,6 @@
 Of OpenAI's own parameters `seed` is the noise's, `max_tokens` and `temperature` are the answer's, and `stop` ends the text as ever.
 """
 
-import math
 import secrets
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,12 +19,12 @@ from vllm.sampling_params import SamplingParams
 
 from configs.schema import TAU_OF_MODE, Mode, PolicyConfig
 from rollout.plugin import EXTRA_ARG
+from rollout.trajectory import COLDEST_TAU, at_least_zero, tau_expected
 from rollout.wire import AttachSpec
 
 MODE, TAU, GAMMA, SIGMA, MAX_COT = OPTIONS = ("softrl_mode", "softrl_tau", "softrl_gamma", "softrl_sigma", "softrl_max_cot_tokens")
 
-# Colder, float32 has no room for z / tau; hotter, most of the vocabulary is in every mixture, and a record of gigabytes.
-COLDEST_TAU, HOTTEST_TAU = 1e-5, 1.0
+HOTTEST_TAU = 1.0  # above, most of the vocabulary is in every mixture, and a record of gigabytes
 
 # What else of vLLM's SamplingParams a soft request may set: what is done with its text, and vLLM's own bookkeeping.
 HONOURED = {
@@ -115,7 +114,7 @@ def read_options(extra: dict[str, Any], most_cot_tokens: int) -> SoftOptions:
     tau = _number(extra, TAU, TAU_OF_MODE[mode])
     if tau == 0 and mode is not Mode.hard:
         raise VLLMValidationError(f"{TAU} = 0: expected a number above 0 in {mode} mode; {GAMMA} = 0 makes it greedy")
-    if tau != 0 and not COLDEST_TAU <= tau <= HOTTEST_TAU:
+    if tau_expected(mode, tau) or tau > HOTTEST_TAU:
         raise VLLMValidationError(f"{TAU} = {tau:g}: expected a number from {COLDEST_TAU:g} to {HOTTEST_TAU:g}, or 0 in hard mode")
     length = extra.get(MAX_COT, most_cot_tokens)
     if not isinstance(length, int) or not 1 <= length <= most_cot_tokens:
@@ -170,6 +169,6 @@ def _answer_length(asked: int | None, prompt: int, cot: int, spec: AttachSpec, m
 
 def _number(extra: dict[str, Any], name: str, default: float) -> float:
     value = extra.get(name, default)
-    if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if not isinstance(value, int | float) or at_least_zero(value):
         raise VLLMValidationError(f"{name} = {value!r}: expected a finite number of at least 0")
     return float(value)

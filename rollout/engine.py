@@ -29,7 +29,7 @@ from rollout.engine_args import engine_args
 from rollout.engine_process import EngineCounters, EngineProcess, last_words
 from rollout.record import SlotRecord
 from rollout.soft_decoding import BAD_LOGITS, CLOSED, EOS, LENGTH
-from rollout.trajectory import STOP_ANSWER_CLOSED, STOP_ANSWER_EOS, STOP_ANSWER_LENGTH, SampleRequest, Trajectory
+from rollout.trajectory import STOP_ANSWER_CLOSED, STOP_ANSWER_EOS, STOP_ANSWER_LENGTH, SampleRequest, Trajectory, impossible
 from rollout.wire import AttachSpec, request_options, unpack_records
 
 STOP_REASONS = {CLOSED: STOP_ANSWER_CLOSED, EOS: STOP_ANSWER_EOS, LENGTH: STOP_ANSWER_LENGTH}
@@ -208,6 +208,10 @@ class RolloutEngine:
 
     def _require_fits(self, request: SampleRequest) -> None:
         policy = self.config.policy
+        if found := impossible(request):  # a kernel would refuse it inside the model runner, and take everyone's requests along
+            name, value, expected = found
+            place = f"prompt {request.prompt_index}, sample {request.sample_index}"
+            raise InputError(f"{self.name}: {place} asks for {name} = {value}: expected {expected}")
         longest_cot = max(policy.max_cot_tokens, self.config.eval_cot_tokens)
         for key, most in ("max_cot_tokens", longest_cot), ("max_answer_tokens", policy.max_answer_tokens):
             if (asked := getattr(request, key)) > most:

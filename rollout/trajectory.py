@@ -5,12 +5,15 @@ trajectory's seed; `kernels.soft_embedding.rebuild` returns the very bits that t
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.schema import Mode
+
+COLDEST_TAU = 1e-5  # below, float32 has no room for z / tau
 
 STOP_ANSWER_CLOSED = "closed"  # the answer's brace was balanced
 STOP_ANSWER_EOS = "eos"
@@ -25,13 +28,40 @@ class SampleRequest:
     prompt_index: int  # the problem's index in its data set
     sample_index: int  # 0 .. G-1 within the group
     mode: Mode
-    tau: float  # CoT temperature; 0 (hard only) is greedy
+    tau: float  # CoT temperature, at least COLDEST_TAU; 0 (hard only) is greedy
     sigma: float  # noise standard deviation per coordinate; 0 for hard and for greedy soft
     seed: int  # [0, 2**63)
     max_cot_tokens: int  # L
     max_answer_tokens: int
     answer_temperature: float  # 0 is greedy
     record_full: bool = False  # also return the soft embeddings
+
+
+def impossible(request: SampleRequest) -> tuple[str, object, str] | None:
+    """The first field of a request that no engine can decode with, as (name, value, what was expected); None if there is none."""
+    for name, expected in (
+        ("tau", tau_expected(request.mode, request.tau)),
+        ("sigma", at_least_zero(request.sigma)),
+        ("answer_temperature", at_least_zero(request.answer_temperature)),
+        ("seed", None if 0 <= request.seed < 2**63 else "a whole number from 0 to 2**63 - 1"),
+        ("max_cot_tokens", None if request.max_cot_tokens >= 1 else "at least 1"),
+        ("max_answer_tokens", None if request.max_answer_tokens >= 1 else "at least 1"),
+    ):
+        if expected is not None:
+            return name, getattr(request, name), expected
+    return None
+
+
+def tau_expected(mode: Mode, tau: float) -> str | None:
+    """What a CoT temperature should have been, or None if it is possible in the mode. A mixture has no greedy limit at 0."""
+    if COLDEST_TAU <= tau < math.inf or (mode is Mode.hard and tau == 0):
+        return None
+    return f"a finite number of at least {COLDEST_TAU:g}" + (", or 0 in hard mode" if mode is Mode.hard else f" in {mode} mode")
+
+
+def at_least_zero(number: float) -> str | None:
+    """What a temperature or a standard deviation should have been, or None if it is possible."""
+    return None if 0 <= number < math.inf else "a finite number of at least 0"
 
 
 def sample_seed(*place: object) -> int:
