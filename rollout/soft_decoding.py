@@ -259,8 +259,8 @@ class SoftDecoder:
     def replay(self, slot: int, first: int, last: int) -> tuple[NDArray[np.int64], Tensor]:
         """The recorded inputs of CoT steps first .. last-1 that are not the embedding of the id the scheduler knows.
 
-        Returns the step indices [k] and their rows [k, n0] in the engine's dtype, bit for bit as they were fed. Waits for the
-        device.
+        Returns the step indices [k] and their rows [k, n0] in the engine's dtype, bit for bit as they were fed, or as the weights
+        of a push since make them; what is fed again is what a full record keeps. Waits for the device.
         """
         self.ops.settle()
         if bool(self.is_hard[slot]):
@@ -275,4 +275,6 @@ class SoftDecoder:
             torch.from_numpy(support.offsets).to(self.device), self.sigma[slot].expand(count), self.seed[slot].expand(count),
             self.prompt_length[slot] + torch.from_numpy(steps).to(self.device),
         )  # fmt: skip
+        if slot in self._full:  # of new weights, after a push: then other rows than were recorded are fed now
+            self._full[slot][first:last] = rows.cpu()
         return steps, rows

@@ -28,6 +28,7 @@ from rollout.soft_decoding import (
     RUNNING,
     SoftDecoder,
 )
+from rollout.vocab_rows import VocabRows
 from tests.rollout.slow_decoding import (
     EOS_IDS,
     LONGEST,
@@ -361,6 +362,22 @@ def test_a_discarded_output_is_emitted_again_while_its_neighbour_advances(mode: 
     assert_same_record(decoder.record(ahead), record)
     assert torch.equal(next_fed(toy, decoder, ahead, emitted[-1]), fed)
     assert decoder.record(behind).shadow_ids.tolist() == [31] * 3
+
+
+@DTYPES
+def test_a_full_record_keeps_what_is_fed_again_after_a_push(dtype: torch.dtype) -> None:
+    """A request that is preempted goes on with keys and values of mixtures of the new rows."""
+    toy = Toy(dtype)
+    decoder = toy.decoder(slots=1, stop_id=STOP)
+    slot = decoder.admit(a_request(record_full=True))
+    say(decoder, slot, ids("a", "b", "x", "s"))
+    before = decoder.record(slot).soft_embeddings
+    decoder.use_weights(VocabRows(2 * toy.embedding), VocabRows(toy.head))
+    rows = decoder.replay(slot, 1, 3)[1]
+    after = decoder.record(slot).soft_embeddings
+    assert before is not None and after is not None
+    assert np.array_equal(after[[0, 3]], before[[0, 3]])  # still in the cache, as they were
+    assert torch.equal(torch.from_numpy(after[1:3]).view(dtype), rows) and not np.array_equal(after[1:3], before[1:3])
 
 
 # --- slots -----------------------------------------------------------------------------------------------------------
