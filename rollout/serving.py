@@ -6,6 +6,10 @@
 
 A request without softrl's options is vLLM's own, untouched. Requests beyond the engine's --max-num-seqs wait in vLLM's queue, soft
 or not. rollout/plugin.py calls what stands here; without the key in --additional-config a soft request is refused, and that is all.
+
+A request whose logits are not finite ends where it is, and its client is not told: it gets the text so far and finish_reason
+"stop", because a worker of vLLM can end a request with a token alone. The server's log names the request and the position, but no
+weight version, which vLLM keeps from its workers.
 """
 
 import functools

@@ -80,7 +80,8 @@ class SoftRequests:
         if record_id is not None and int(self.decoder.phase[slot]) == DONE:
             self.finished[record_id] = self.decoder.record(slot)
         if self.as_text[slot] and int(self.decoder.stop_code[slot]) == BAD_LOGITS:  # its client sees a text that breaks off
-            logger.error("softrl: %s ended at CoT step %d: logits are not finite", req_id, int(self.decoder.cot_length[slot]))
+            thought, answered = int(self.decoder.cot_length[slot]), int(self.decoder.answer_length[slot])
+            logger.error("softrl: %s ended at CoT step %d, answer token %d: logits are not finite", req_id, thought, answered)
         self.decoder.release(slot)
 
     def take(self, record_ids: list[str]) -> dict[str, SlotRecord]:
