@@ -26,6 +26,7 @@ from rich.table import Table
 from configs.errors import InputError
 from configs.versions import TESTED_VLLM
 from rollout.models import SMOLLM2, check_model
+from rollout.plugin import plugins_that_leave_it_out
 
 GIB = 2**30
 COMFORTABLE_MEMORY = 8 * GIB  # engine, learner, Ray and its object store side by side, for the embedded model
@@ -154,12 +155,11 @@ def _kernels_folder() -> Iterator[Finding]:
 def _plugin() -> Iterator[Finding]:
     """vLLM finds soft decoding through an entry point, and says nothing when it does not."""
     entry = next(iter(metadata.entry_points(group="vllm.general_plugins", name="softrl")), None)
-    allowed = os.environ.get("VLLM_PLUGINS")
     if entry is None:
         yield Finding("vllm plugin", "fail", "no entry point softrl", "install the project itself: make setup")
     elif importlib.util.find_spec(entry.module) is None:
         yield Finding("vllm plugin", "fail", f"{entry.value} is not importable", "make setup")
-    elif allowed is not None and "softrl" not in allowed.split(","):
+    elif (allowed := plugins_that_leave_it_out()) is not None:
         yield Finding("vllm plugin", "fail", f"VLLM_PLUGINS={allowed} leaves it out", "unset VLLM_PLUGINS or add softrl")
     else:
         yield Finding("vllm plugin", "ok", entry.value)

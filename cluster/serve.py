@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from configs.errors import InputError
 from rollout.models import resolve_model
-from rollout.plugin import EXTRA_ARG
+from rollout.plugin import EXTRA_ARG, require_plugin_allowed
 
 ADDITIONAL = "--additional-config"
 
@@ -17,9 +17,7 @@ def serve(model: str, limits: dict[str, int], options: Sequence[str]) -> NoRetur
     """Become vLLM's server, whose signals, log and exit code are its own. See `command`."""
     import torch
 
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and EXTRA_ARG not in allowed.split(","):
-        raise InputError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading softrl's plugin; unset it or add {EXTRA_ARG}")
+    require_plugin_allowed()
     arguments = command(model, limits, options, on_gpu=torch.cuda.is_available())
     os.execv(arguments[0], arguments)
 

@@ -78,8 +78,8 @@ class EngineClient:
         self.resumed_at = time.perf_counter()
 
     def abandon_weight_update(self) -> None:
-        """After an update that was refused: engines go on with the weights they have."""
-        self._all("abandon_weight_update", [()] * len(self.engines))
+        """After an update that failed on some engine: all go on with the weights they have, at the version of those."""
+        self._all("abandon_weight_update", [(self.version,)] * len(self.engines))
 
     def token_logprobs(self, sequences: list[NDArray[np.int32]]) -> list[list[NDArray[np.float32]]]:
         """Per engine, the log-probs of each sequence."""
@@ -138,7 +138,8 @@ class SharedMemoryTrainer(TrainerWeightTransferEngine[SharedMemoryTrainerInfo]):
         return trainer
 
     def send_weights(self) -> None:
-        """Raises RunError when shared memory is full or an engine refuses; a refused push leaves the old weights in place."""
+        """Raises RunError when shared memory is full or an engine fails; an engine that refuses the push keeps its old weights, and
+        all go on."""
         assert self.source is not None
         if not self.is_sender:
             for _ in self.source:  # joins the gathers, keeps nothing
@@ -155,14 +156,14 @@ class SharedMemoryTrainer(TrainerWeightTransferEngine[SharedMemoryTrainerInfo]):
         try:
             path = f"/proc/{os.getpid()}/fd/{file}"
             update = SharedMemoryUpdateInfo(path, {name: tensor_checksum(t) for name, t in tensors.items()})
-            self.client.start_weight_update()
             try:
+                self.client.start_weight_update()
                 self.client.update_weights(asdict(update))
+                self.client.finish_weight_update()
             except RunError:
                 with suppress(RunError):  # an engine that died cannot resume; the others can
                     self.client.abandon_weight_update()
                 raise
-            self.client.finish_weight_update()
         finally:
             os.close(file)
 

@@ -27,6 +27,7 @@ from configs.errors import InputError, RunError
 from configs.schema import Config, InFlight
 from rollout.engine_args import engine_args
 from rollout.engine_process import EngineCounters, EngineProcess, last_words
+from rollout.plugin import PLUGIN_ADVICE, require_plugin_allowed
 from rollout.record import SlotRecord
 from rollout.soft_decoding import BAD_LOGITS, CLOSED, EOS, LENGTH
 from rollout.trajectory import STOP_ANSWER_CLOSED, STOP_ANSWER_EOS, STOP_ANSWER_LENGTH, SampleRequest, Trajectory, impossible
@@ -49,7 +50,8 @@ class RolloutEngine:
         self._no_update.set()
         self._updates = 0  # weight updates begun; see _submit
         self._last_finished = 0.0
-        self._submitting = asyncio.Lock()
+        self._submitting, self._updating = asyncio.Lock(), asyncio.Lock()
+        self._loaded = False  # the open weight update has loaded its weights
         self._llm: Any = None
         self._collector: asyncio.Task[None] | None = None
         self._counters = EngineCounters()
@@ -68,12 +70,14 @@ class RolloutEngine:
     async def _start(self) -> dict[str, Any]:
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        require_plugin_allowed()
         args = engine_args(self.config, self.model_dir)
         try:
             self._llm = AsyncLLM.from_engine_args(args, stat_loggers=[self._counters.logger_factory()])
         except RuntimeError as error:  # what vLLM raises when its engine process does not come up
             raise RunError(f"{self.name}: vLLM did not start: {str(error).splitlines()[0]}{last_words()}") from error
         self._process = EngineProcess(self._llm, self.name)
+        plugin = await self._process.plugin()
         self._spec = AttachSpec.of_model(
             self.model_dir,
             max_num_seqs=self.config.engine.max_num_seqs,
@@ -86,9 +90,11 @@ class RolloutEngine:
         report = json.loads(reports[0])
         if "error" in report:
             raise InputError(f"model.path: {self.config.model.path}: {report['error']}")
+        if not report["plugin"]:
+            raise RunError(f"{self.name}: vLLM's workers run without softrl's plugin; {PLUGIN_ADVICE}")
         await self._process.answer(self._llm.update_weight_version(str(self.weight_version)))
         self._collector = asyncio.create_task(self._collect())
-        return {"engine": self.name, "pid": self._process.pid, **report}
+        return {"engine": self.name, "pid": self._process.pid, **report, "plugin": plugin}
 
     # ------------------------------------------------------------------ rollouts
 
@@ -288,33 +294,51 @@ class RolloutEngine:
     async def start_weight_update(self) -> None:
         """Stand still as `push.in_flight` says and open an update; requests that come now wait until it is over."""
         in_flight = self.config.push.in_flight
-        async with self._submitting:
-            self._no_update.clear()
-            self._updates += 1
-        if in_flight is InFlight.wait:
-            # vLLM's own "wait" would not wait for requests that are preempted just now, or still queued.
-            await self._process.answer(self._none_in_flight.wait())
-        # "keep" is vLLM's word for requests that stand still; clear_cache=True has it preempt them all, so they lose their KV.
-        mode = "wait" if in_flight is InFlight.wait else "keep"
-        await self._process.answer(self._llm.pause_generation(mode=mode, clear_cache=in_flight is not InFlight.keep))
-        await self._process.answer(self._llm.start_weight_update())
+        async with self._updating:
+            async with self._submitting:
+                self._no_update.clear()
+                self._updates += 1
+            if in_flight is InFlight.wait:
+                # vLLM's own "wait" would not wait for requests that are preempted just now, or still queued.
+                await self._process.answer(self._none_in_flight.wait())
+            # "keep" is vLLM's word for requests that stand still; clear_cache=True has it preempt them all, so they lose their KV.
+            mode = "wait" if in_flight is InFlight.wait else "keep"
+            await self._process.answer(self._llm.pause_generation(mode=mode, clear_cache=in_flight is not InFlight.keep))
+            await self._process.answer(self._llm.start_weight_update())
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive and load tensors of the open update; `update_info` are the fields of the backend's own update info."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._process.answer(self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
+        async with self._updating:
+            await self._process.answer(self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
+            self._loaded = True
 
     async def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Close the update and resume; the version rises only now."""
-        await self._process.answer(self._llm.finish_weight_update(weight_version))
+        async with self._updating:
+            await self._process.answer(self._llm.finish_weight_update(weight_version))
+            await self._resume(weight_version)
+
+    async def abandon_weight_update(self, weight_version: str | None = None) -> None:
+        """Close an update that this or another engine refused, however far it got here, and resume.
+
+        An engine that has loaded the weights keeps them, under their version; any other goes on with its old ones.
+        """
+        async with self._updating:  # a start that still waits for requests in flight must not open an update after this
+            try:
+                await self._rpc("softrl_abandon_update")
+                if self._loaded and weight_version is not None:
+                    await self._process.answer(self._llm.update_weight_version(weight_version))
+                await self._resume(weight_version if self._loaded else None)
+            finally:
+                self._no_update.set()  # of a dead engine its requests shall hear at once
+
+    async def _resume(self, weight_version: str | None) -> None:
         await self._rpc("softrl_refresh")
         if weight_version is not None:
             self.weight_version = int(weight_version)
-        await self.abandon_weight_update()
-
-    async def abandon_weight_update(self) -> None:
-        """Resume, with the old weights after an update that was refused."""
+        self._loaded = False
         await self._process.answer(self._llm.resume_generation())
         self._no_update.set()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import RunError
+from rollout.plugin import CORE_METHOD, PLUGIN_ADVICE
 
 DEATH_S = 1.0  # how long EngineCore takes at most to end after a call has failed because it will
 LOG_LINES, LOG_LINE_CHARACTERS = 4, 200  # of the log, in an error message
@@ -47,6 +48,18 @@ class EngineProcess:
             raise
         finally:
             answer.cancel()
+
+    async def plugin(self) -> str:
+        """What softrl's plugin says of itself in EngineCore's process. Raises RunError when it is not there.
+
+        vLLM goes on without a plugin that it was kept from loading, and blocks of different thoughts would then be shared.
+        """
+        try:
+            return str(await self.answer(self._llm.engine_core.call_utility_async(CORE_METHOD)))
+        except RunError:
+            raise
+        except Exception as error:  # vLLM's answer to a method that EngineCore does not have
+            raise RunError(f"{self._name}: vLLM's engine process runs without softrl's plugin; {PLUGIN_ADVICE}") from error
 
     def death(self) -> RunError:
         """The error of a dead EngineCore: how it ended, and the last lines of the log that it shares with this process."""

@@ -11,14 +11,18 @@ It registers the shared-memory weight transfer, and changes three things in vLLM
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from configs.errors import InputError
 from configs.versions import TESTED_VLLM
 
 EXTRA_ARG = "softrl"  # the key of a request's options in SamplingParams.extra_args
 SHM_BACKEND = "softrl_shm"
+CORE_METHOD = "softrl_plugin"  # what EngineCore is asked for proof that the plugin ran in its process
+PLUGIN_ADVICE = f"unset VLLM_PLUGINS or add {EXTRA_ARG}, and see `softrl doctor`"
 
 
 def register() -> None:
@@ -34,6 +38,33 @@ def register() -> None:
     _patch_block_hash()
     _zero_reused_blocks()
     _serve_soft_tokens()
+    _answer_from_engine_core()
+
+
+def plugins_that_leave_it_out() -> str | None:
+    """VLLM_PLUGINS where it keeps vLLM from loading this plugin, which vLLM says nothing of; else None."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    return None if allowed is None or EXTRA_ARG in allowed.split(",") else allowed
+
+
+def require_plugin_allowed() -> None:
+    """Raises InputError where VLLM_PLUGINS keeps vLLM from loading this plugin."""
+    if (allowed := plugins_that_leave_it_out()) is not None:
+        raise InputError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading softrl's plugin; unset it or add {EXTRA_ARG}")
+
+
+def plugin_ran() -> bool:
+    """Whether the changes are made in this process."""
+    from vllm.v1.core import kv_cache_utils
+
+    return hasattr(kv_cache_utils.generate_block_hash_extra_keys, "__wrapped__")
+
+
+def _answer_from_engine_core() -> None:
+    """Give EngineCore CORE_METHOD, in the process that runs it and in those that may fork into it: they have imported it."""
+    core = sys.modules.get("vllm.v1.engine.core")
+    if core is not None:
+        setattr(core.EngineCore, CORE_METHOD, lambda self: f"pid {os.getpid()}, vllm {core.VLLM_VERSION}")
 
 
 def _serve_soft_tokens() -> None:

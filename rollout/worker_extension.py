@@ -1,6 +1,7 @@
 """What softrl adds to every vLLM worker process, through vLLM's own `worker_extension_cls` and `collective_rpc`."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer
 from configs.errors import InputError
 from rollout.adapters import attach, require_compatible
 from rollout.checksums import readable_tensors, tensor_checksum
+from rollout.plugin import plugin_ran
 from rollout.soft_decoding import SoftDecoder
 from rollout.step_profile import StepProfile
 from rollout.token_tables import build_token_tables, silent_id
@@ -24,6 +26,8 @@ class SoftWorkerExtension:
 
     model_runner: Any
     rank: int  # of this worker in its engine
+    _weight_update_active: bool  # vLLM's own (vllm/v1/worker/gpu_worker.py): no update_weights has failed since its start
+    finish_weight_update: Callable[[], None]
     softrl_step_profile: StepProfile
 
     def softrl_attach(self, spec_json: str) -> str:
@@ -55,6 +59,11 @@ class SoftWorkerExtension:
     def softrl_checksums(self, shapes: dict[str, list[int]]) -> dict[str, str]:
         """Checksums of the tensors of a checkpoint, of these names and shapes, that this worker holds as they came."""
         return {name: tensor_checksum(tensor) for name, tensor in readable_tensors(self.model_runner.get_model(), shapes)}
+
+    def softrl_abandon_update(self) -> None:
+        """Make the model whole if a weight update is still open here: weights that came stay, all others are the old ones."""
+        if self._weight_update_active:
+            self.finish_weight_update()
 
     def softrl_profile(self, on: bool) -> str:
         """Begin to time the steps of this worker, or end it: then JSON, see StepProfile.stop."""
@@ -96,6 +105,7 @@ def attach_decoder(runner: Any, spec: AttachSpec) -> dict[str, Any]:
         "adapter": attach(runner, decoder),
         "runner": type(runner).__name__,
         "vllm": vllm.__version__,
+        "plugin": plugin_ran(),
         "dtype": str(embedding.rows.dtype).removeprefix("torch."),
         "tied": embedding.rows.data_ptr() == head.rows.data_ptr(),
         "vocab_size": vocab_size,
@@ -135,7 +145,7 @@ def output_head(model: Any) -> VocabRows:
     for module in (model, getattr(model, "language_model", None)):
         head = getattr(module, "lm_head", None)
         if head is not None and getattr(head, "weight", None) is not None:
-            _require_plain_logits(type(model).__name__, head, module.logits_processor)
+            _require_plain_logits(type(model).__name__, head, getattr(module, "logits_processor", None))
             return vocab_rows(head)
     raise InputError(f"{type(model).__name__} is not supported: vLLM's class has no LM head at lm_head")
 

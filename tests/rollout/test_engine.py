@@ -1,8 +1,8 @@
 """The engine actor and the real worker side, with vLLM between them left out: what is refused, and that nothing is left behind."""
 
 import asyncio
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -20,23 +21,37 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-from vllm.config import ParallelConfig
+from vllm.config import ParallelConfig, VllmConfig
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker as VllmWorker
 
-from configs.errors import InputError
+from configs.errors import InputError, RunError
 from configs.load import load_config
 from configs.schema import Config, Mode
 from rollout.adapter_v1 import SoftModelRunner
+from rollout.checksums import tensor_checksum
 from rollout.engine import RolloutEngine
 from rollout.models import SMOLLM2, resolve_model
+from rollout.plugin import CORE_METHOD, SHM_BACKEND, register
 from rollout.soft_decoding import DONE
 from rollout.trajectory import SampleRequest
+from rollout.weight_transfer import SharedMemoryInitInfo, SharedMemoryWeightTransferEngine
 from rollout.wire import request_options
 from rollout.worker_extension import SoftWorkerExtension
 
 DEADLINE_S = 20
 VOCABULARY = 49152  # SmolLM2's, whose tokenizer is used
+
+
+def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+    own = dict(model.named_parameters())
+    for name, tensor in weights:
+        getattr(own[name], "weight_loader", default_weight_loader)(own[name], tensor)
 
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -45,6 +60,7 @@ SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden
 def as_vllms(model: Any, **logits: float) -> nn.Module:
     """A transformers model under the names that vLLM's classes have; `logits` are what vLLM's LogitsProcessor would do."""
     model.embed_input_ids = model.get_input_embeddings()
+    model.load_weights = partial(load_weights, model)
     model.logits_processor = SimpleNamespace(**{"scale": 1.0, "soft_cap": None} | logits)
     return model
 
@@ -81,16 +97,36 @@ class Runner(GPUModelRunner):
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         pass
 
+    def reset_lora_state(self) -> None:
+        pass
+
+
+@cache
+def vllm_config() -> VllmConfig:
+    return VllmConfig()
+
+
+class Worker(VllmWorker, SoftWorkerExtension):
+    """As vLLM adds the extension to its own worker, whose weight updates are real."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model_runner, self.rank = Runner(model), 0
+        self.vllm_config, self._weight_update_active, self._weight_update_is_draft = vllm_config(), False, False
+        record_metadata_for_reloading(model)  # as vLLM does when it has built a model
+        configs = SimpleNamespace(parallel_config=None, model_config=None)
+        transfer = WeightTransferConfig(backend=SHM_BACKEND)
+        self.weight_transfer_engine = SharedMemoryWeightTransferEngine(transfer, configs, torch.device("cpu"), model)
+
 
 class Vllm:
     """One worker behind the calls that RolloutEngine makes. A request is decoded whole when it is added; nobody hears of it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.worker = SoftWorkerExtension()
-        self.worker.model_runner = Runner(model)
+        self.worker = Worker(model)
         self.decoded = asyncio.Event()
         process = SimpleNamespace(pid=1, exitcode=None)
-        self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=SimpleNamespace(processes=[process])))
+        resources = SimpleNamespace(engine_manager=SimpleNamespace(processes=[process]))
+        self.engine_core = SimpleNamespace(resources=resources, call_utility_async=self.call_utility_async)
         self.output_handler = asyncio.get_running_loop().create_future()  # never done: the process never dies
 
     @property
@@ -109,7 +145,22 @@ class Vllm:
         self.decoded.set()
         return SimpleNamespace(request_id=request_id, get=asyncio.Event().wait, close=lambda: None)
 
+    async def call_utility_async(self, method: str) -> Any:
+        return getattr(EngineCore, method)(None)
+
     async def update_weight_version(self, version: str) -> None: ...
+
+    async def init_weight_transfer_engine(self, request: Any) -> None:
+        self.worker.weight_transfer_engine.init_transfer_engine(SharedMemoryInitInfo(**request.init_info))
+
+    async def start_weight_update(self) -> None:
+        self.worker.start_weight_update()
+
+    async def update_weights(self, request: Any) -> None:
+        self.worker.update_weights(request.update_info)
+
+    async def finish_weight_update(self, weight_version: str | None) -> None:
+        self.worker.finish_weight_update()
 
     async def abort(self, request_id: str, internal: bool = False) -> None:
         """Too late: the request has left."""
@@ -119,6 +170,11 @@ class Vllm:
     async def resume_generation(self) -> None: ...
 
     def shutdown(self) -> None: ...
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugin() -> None:
+    register()  # as vLLM does in each of its processes
 
 
 @pytest.fixture
@@ -234,7 +290,8 @@ def test_an_input_that_waits_during_a_push_is_made_of_the_new_weights(
         await engine.start()
         worker = engine._llm.worker
         requests, decoder = engine._llm.runner.softrl, engine._llm.runner.softrl.decoder
-        slot = requests.admit("a", SimpleNamespace(extra_args=request_options(a_request(mode=mode), "0")), 5)
+        options = request_options(a_request(mode=mode, record_full=True), "0")
+        slot = requests.admit("a", SimpleNamespace(extra_args=options), 5)
         slots, logits = torch.tensor([slot]), torch.zeros(1, VOCABULARY)
         logits[0, decoder.stop_id] = 50.0  # hard: a true token whose id must not be shown is overlaid too
         for _ in range(3):
@@ -247,6 +304,97 @@ def test_an_input_that_waits_during_a_push_is_made_of_the_new_weights(
         worker.softrl_refresh()
         torch.testing.assert_close(decoder.next_input[slot], embedding[decoder.stop_id] + noise)
         assert not torch.equal(decoder.next_input[slot], before)
+        if mode is not Mode.hard:
+            recorded = torch.from_numpy(decoder.record(slot).soft_embeddings).view(torch.float32)
+            assert torch.equal(recorded[-1], decoder.next_input[slot])  # what is fed, not what would have been
         await engine.stop()
+
+    asyncio.run(asyncio.wait_for(push(), DEADLINE_S))
+
+
+# --- vLLM goes on without a plugin
+
+
+def test_an_engine_that_could_not_load_the_plugin_is_not_started(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "lora")
+    monkeypatch.setattr(AsyncLLM, "from_engine_args", lambda *_, **__: pytest.fail("it started"))
+    with pytest.raises(InputError, match=r"^VLLM_PLUGINS=lora keeps vLLM from loading softrl's plugin; unset it or add softrl$"):
+        asyncio.run(RolloutEngine(config, str(resolve_model(SMOLLM2))).start())
+
+
+def test_an_engine_process_that_did_not_run_the_plugin_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(EngineCore, CORE_METHOD)
+    with pytest.raises(RunError, match=r"^engine-0: vLLM's engine process runs without softrl's plugin; unset VLLM_PLUGINS"):
+        asyncio.run(start(config, llama(), monkeypatch).start())
+
+
+def test_a_worker_that_did_not_run_the_plugin_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout.worker_extension.plugin_ran", lambda: False)
+    with pytest.raises(RunError, match=r"^engine-0: vLLM's workers run without softrl's plugin; unset VLLM_PLUGINS"):
+        asyncio.run(start(config, llama(), monkeypatch).start())
+
+
+# --- pushes that some engine refuses
+
+
+def same_weights(model: nn.Module, tensors: dict[str, Tensor]) -> bool:
+    return all(torch.equal(weight, tensors[name]) for name, weight in model.named_parameters())
+
+
+def test_an_abandoned_push_leaves_every_engine_whole_and_ready_for_the_next(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One engine has loaded it when another refuses: it says what it holds. A third has only begun."""
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)  # of a worker without an accelerator
+
+    async def push() -> None:
+        sent, models = {name: weight.detach().clone() for name, weight in llama().named_parameters()}, [llama() for _ in range(3)]
+        old = [{name: weight.detach().clone() for name, weight in model.named_parameters()} for model in models]
+        engines = [start(config, model, monkeypatch) for model in models]
+        for engine, model in zip(engines, models, strict=True):
+            monkeypatch.setattr(AsyncLLM, "from_engine_args", lambda *_, model=model, **__: Vllm(model))
+            await engine.start()
+            shapes = [list(tensor.shape) for tensor in sent.values()]
+            await engine.init_weight_transfer_engine(
+                {"names": list(sent), "dtype_names": ["float32"] * len(sent), "shapes": shapes}
+            )
+        save_file(sent, tmp_path / "weights")
+        update = {"path": str(tmp_path / "weights"), "checksums": {name: tensor_checksum(tensor) for name, tensor in sent.items()}}
+        for engine in engines:
+            await engine.start_weight_update()
+        await engines[0].update_weights(update)
+        with pytest.raises(ValueError, match="weight push refused"):
+            await engines[1].update_weights(update | {"checksums": {}})
+        for engine in engines:
+            await engine.abandon_weight_update("1")
+        assert [engine.weight_version for engine in engines] == [1, 0, 0]
+        assert same_weights(models[0], sent)
+        assert all(same_weights(model, weights) for model, weights in zip(models[1:], old[1:], strict=True))
+        for engine in engines:
+            await engine.start_weight_update()
+            await engine.update_weights(update)
+            await engine.finish_weight_update("2")
+        assert all(same_weights(model, sent) for model in models)
+        assert [engine.weight_version for engine in engines] == [2, 2, 2]
+
+    asyncio.run(asyncio.wait_for(push(), 3 * DEADLINE_S))
+
+
+def test_an_update_that_is_abandoned_before_it_could_begin_does_not_begin_later(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def push() -> None:
+        engine = start(config, llama(), monkeypatch)
+        await engine.start()
+        engine._none_in_flight.clear()  # as long as a request is decoded
+        starting = asyncio.create_task(engine.start_weight_update())
+        await asyncio.sleep(0)
+        abandoning = asyncio.create_task(engine.abandon_weight_update("1"))
+        await asyncio.sleep(0)
+        engine._none_in_flight.set()
+        await asyncio.gather(starting, abandoning)
+        assert not engine._llm.worker._weight_update_active and engine._no_update.is_set()
+        assert engine.weight_version == 0
 
     asyncio.run(asyncio.wait_for(push(), DEADLINE_S))
