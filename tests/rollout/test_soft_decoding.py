@@ -1,7 +1,6 @@
 """The state machine is the slow reference, whatever else is in the batch; and what it recorded is what it fed, bit for bit."""
 
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import product
 from random import Random
 from typing import Any
@@ -9,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import Tensor
 
 from configs.schema import Mode
 from rollout import record
@@ -26,9 +26,10 @@ from rollout.soft_decoding import (
     EOS,
     LENGTH,
     RUNNING,
-    SoftDecoder,
 )
 from rollout.vocab_rows import VocabRows
+from tests.rollout.crowd import Seen, decode, next_fed
+from tests.rollout.scripts import PINNED, Script, scripts
 from tests.rollout.slow_decoding import (
     EOS_IDS,
     LONGEST,
@@ -50,75 +51,6 @@ from tests.rollout.slow_decoding import (
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
-@dataclass
-class Seen:
-    """What a decoder did for one story."""
-
-    emitted: list[int] = field(default_factory=list)
-    inputs: list[Tensor] = field(default_factory=list)  # [n0] what the model is fed after each position but the last
-    phases: list[int] = field(default_factory=list)
-    record: SlotRecord | None = None
-
-
-def decode(toy: Toy, decoder: SoftDecoder, stories: list[Story], random: Random | None = None) -> list[Seen]:
-    """Run stories through a decoder: one after the other, or, with `random`, many at a time, in batches that change all the time:
-    rows come and go, change places, miss steps and are asked again for outputs that were discarded, as under preemption. Replays
-    whatever has been fed so far."""
-    seen, waiting, running = [Seen() for _ in stories], list(range(len(stories))), dict[int, int]()
-    while waiting or running:
-        while waiting and decoder.free_slots and (not running or (random and random.random() < 0.5)):
-            story = waiting.pop(0)
-            running[story] = decoder.admit(stories[story].request)
-        batch = list(running)
-        if random:
-            batch = random.sample(batch, random.randint(1, len(batch)))
-        slots = torch.tensor([running[story] for story in batch], device=decoder.device)
-        hidden = torch.stack([stories[story].hidden[len(seen[story].phases)] for story in batch])
-        logits = torch.stack([stories[story].logits(toy, len(seen[story].phases)) for story in batch])
-        output_index = [known_outputs(seen[story], random) for story in batch]
-        rows = (part.to(decoder.device) for part in (torch.tensor(output_index), logits, hidden))
-        emitted = decoder.advance(slots, *rows).tolist()
-        for story, slot, index, token in zip(batch, slots.tolist(), output_index, emitted, strict=True):
-            one = seen[story]
-            if index < len(one.emitted):
-                assert token == one.emitted[index] and int(decoder.phase[slot]) == one.phases[-1]
-                assert torch.equal(next_fed(toy, decoder, slot, one.emitted[-1]), one.inputs[-1])
-                continue
-            one.emitted.append(token)
-            one.phases.append(int(decoder.phase[slot]))
-            if one.phases[-1] == DONE:
-                one.record = decoder.record(slot)
-                decoder.release(slot)
-                del running[story]
-                continue
-            one.inputs.append(next_fed(toy, decoder, slot, token))
-            if random:
-                assert_replays(toy, decoder, slot, one, random)
-    return seen
-
-
-def known_outputs(seen: Seen, random: Random | None) -> int:
-    """How many outputs the scheduler knows: all, or, now and then, not the latest, which it discarded."""
-    count = len(seen.emitted)
-    return random.randrange(count) if random and count and random.random() < 0.2 else count
-
-
-def next_fed(toy: Toy, decoder: SoftDecoder, slot: int, token: int) -> Tensor:
-    """The input [n0] of the position after the one that emitted `token`."""
-    return decoder.next_input[slot].cpu().clone() if decoder.overlaid[slot] else toy.embedding[token]
-
-
-def assert_replays(toy: Toy, decoder: SoftDecoder, slot: int, seen: Seen, random: Random) -> None:
-    """Laying a replay of any stretch of the CoT over the embeddings of the emitted ids gives what was fed."""
-    length = int(decoder.cot_length[slot])
-    first = random.randrange(length)
-    last = random.randint(first + 1, length)
-    rows = toy.embedding[seen.emitted[first:last]].clone()
-    steps, replayed = decoder.replay(slot, first, last)
-    rows[torch.from_numpy(steps - first)] = replayed.cpu()
-    assert torch.equal(rows, torch.stack(seen.inputs[first:last]))
-
-
 def assert_same_record(a: SlotRecord | None, b: SlotRecord | None) -> None:
     assert a is not None and b is not None
     for name in ("shadow_ids", "dropped_mass", "soft_embeddings", "answer_ids", "answer_logprobs", "stop_code", "prefill_kind"):
@@ -133,15 +65,21 @@ def assert_same_record(a: SlotRecord | None, b: SlotRecord | None) -> None:
 @DTYPES
 @pytest.mark.parametrize("stop_id", STOP_IDS)
 def test_a_changing_batch_decodes_as_the_slow_reference_does(dtype: torch.dtype, stop_id: int) -> None:
-    toy = Toy(dtype)
-    stories = [a_story(toy, seed) for seed in range(1000 * stop_id, 1000 * stop_id + 40)]
-    crowd = decode(toy, toy.decoder(slots=7, stop_id=stop_id), stories, Random(stop_id))
-    ends: Counter[tuple[int, int]] = Counter()
-    for story, seen in zip(stories, crowd, strict=True):
-        told = decode_slowly(toy, story)
-        assert_is_told(toy, story, seen, told, stop_id)
-        ends[told.prefill_kind, told.stop_code] += 1
-    assert ends.keys() >= {*product((AFTER_PHRASE, AT_LIMIT), (CLOSED, EOS, LENGTH)), (AT_LIMIT, BAD_LOGITS)}  # all was seen
+    toy, ends = Toy(dtype), set[tuple[int, int]]()
+
+    @settings(max_examples=20, deadline=None, derandomize=True)
+    @given(st.lists(scripts(), min_size=1, max_size=4), st.integers(0, 999))
+    @example(PINNED, 0)
+    def decodes_alike(drawn: list[Script], order: int) -> None:
+        stories = [script.story(toy) for script in drawn]
+        crowd = decode(toy, toy.decoder(slots=4, stop_id=stop_id), stories, Random(order))
+        for story, seen in zip(stories, crowd, strict=True):
+            told = decode_slowly(toy, story)
+            assert_is_told(toy, story, seen, told, stop_id)
+            ends.add((told.prefill_kind, told.stop_code))
+
+    decodes_alike()
+    assert ends >= {*product((AFTER_PHRASE, AT_LIMIT), (CLOSED, EOS, LENGTH)), (AT_LIMIT, BAD_LOGITS)}  # all was seen
 
 
 def assert_is_told(toy: Toy, story: Story, seen: Seen, told: Told, stop_id: int) -> None:

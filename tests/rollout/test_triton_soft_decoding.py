@@ -22,8 +22,9 @@ from rollout.row_ops import FixedOps, RaggedOps
 from rollout.slots import SoftRequests, StepRows
 from rollout.soft_decoding import DONE, SoftDecoder
 from rollout.vocab_rows import VocabRows
+from tests.rollout.crowd import Seen, decode
 from tests.rollout.slow_decoding import LONGEST, STOP_IDS, VOCABULARY, Story, Toy, a_story, decode_slowly, ids
-from tests.rollout.test_soft_decoding import Seen, assert_is_told, assert_same_record, decode
+from tests.rollout.test_soft_decoding import assert_is_told, assert_same_record
 
 FEW = 3  # support entries that a row has room for: many mixtures of the toy have more
 aten = torch.ops.aten

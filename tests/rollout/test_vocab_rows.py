@@ -13,8 +13,9 @@ from torch import Tensor
 from kernels.soft_embedding import rebuild, select_support
 from rollout.soft_decoding import SoftDecoder
 from rollout.vocab_rows import VocabRows
+from tests.rollout.crowd import decode
 from tests.rollout.slow_decoding import MOST_ANSWER, MOST_COT, PREFILLS, Toy, a_request, a_story, toy_tables
-from tests.rollout.test_soft_decoding import DTYPES, assert_same_record, decode
+from tests.rollout.test_soft_decoding import DTYPES, assert_same_record
 
 RANKS = pytest.mark.parametrize("ranks", [2, 3])
 WAIT_S = 20  # a rank that calls when another does not
