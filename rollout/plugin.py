@@ -64,7 +64,7 @@ def _answer_from_engine_core() -> None:
     """Give EngineCore CORE_METHOD, in the process that runs it and in those that may fork into it: they have imported it."""
     core = sys.modules.get("vllm.v1.engine.core")
     if core is not None:
-        setattr(core.EngineCore, CORE_METHOD, lambda self: f"pid {os.getpid()}, vllm {core.VLLM_VERSION}")
+        setattr(core.EngineCore, CORE_METHOD, lambda self: f"vllm {core.VLLM_VERSION}")
 
 
 def _serve_soft_tokens() -> None:
