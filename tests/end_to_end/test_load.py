@@ -320,7 +320,7 @@ def test_a_request_whose_logits_are_not_finite_ends_alone(
     """Nor do its keys and values, which are not finite either, harm who gets its memory next."""
     wanted = requests(rig)
     ill = next(i for i, r in enumerate(wanted) if r.mode is Mode.soft and r.prompt_index == 1)
-    stream = begin(busy.engine, [replace(r, sigma=float("inf")) if i == ill else r for i, r in enumerate(wanted)])
+    stream = begin(busy.engine, [replace(r, sigma=3e38) if i == ill else r for i, r in enumerate(wanted)])
     found: Drawn = {}
     with pytest.raises(ray.exceptions.RayTaskError) as caught:
         for ref in stream:
