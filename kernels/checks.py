@@ -35,6 +35,7 @@ def require_contiguous(name: str, tensor: Tensor) -> None:
 
 
 def require_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Where `other` is: nothing is moved silently."""
     if tensor.device != other.device:
         raise ValueError(f"{name}: on {tensor.device}, expected {other.device}, where {other_name} is")
 

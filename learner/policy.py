@@ -25,9 +25,8 @@ from learner import attention
 from learner.attention import Segments
 from learner.batch import PackedBatch, SoftSteps
 from learner.losses import Terms, policy_terms
-from rollout.models import LOGIT_KEYS
+from rollout.models import LOGIT_KEYS, PROBED_IDS
 
-PROBED_IDS = 64
 TORCH_DTYPE = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
 
 
@@ -175,7 +174,7 @@ def require_plain_inputs(model: Any, first_layer: nn.Module, model_dir: str | Pa
         raise InputError(f"{model_dir}: {type(model).__name__} does not run the decoder layers that it lists")
 
     rows = model.get_input_embeddings().weight
-    ids = torch.arange(0, len(rows), max(1, len(rows) // PROBED_IDS))[None]  # some rows may be zero, which scaling does not show
+    ids = torch.arange(0, len(rows), max(1, len(rows) // PROBED_IDS))[None]
     position = torch.arange(ids.shape[1])[None]
     hook = first_layer.register_forward_pre_hook(stop, with_kwargs=True)
     try:

@@ -32,6 +32,7 @@ LOGIT_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # of 
 # What says that inputs are not rows of the embedding: the name of a family whose classes scale them without a word in config.json,
 # or a key. Worker and learner compare the numbers themselves; this is what is known before a weight is loaded.
 SCALING_FAMILY, SCALE_KEYS = "gemma", ("scale_emb",)
+PROBED_IDS = 64  # that they compare, spread over the vocabulary: some rows may be zero, which scaling would not show
 
 
 def resolve_model(path: str) -> Path:

@@ -11,14 +11,13 @@ from transformers import AutoTokenizer
 from configs.errors import InputError
 from rollout.adapters import attach, require_compatible
 from rollout.checksums import readable_tensors, tensor_checksum
+from rollout.models import PROBED_IDS
 from rollout.plugin import plugin_ran
 from rollout.soft_decoding import SoftDecoder
 from rollout.step_profile import StepProfile
 from rollout.token_tables import build_token_tables, silent_id
 from rollout.vocab_rows import VocabRows, vocab_rows
 from rollout.wire import AttachSpec, pack_records
-
-PROBED_IDS = 64  # spread over the vocabulary: some rows may be zero, which scaling would not show
 
 
 class SoftWorkerExtension:

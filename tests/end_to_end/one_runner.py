@@ -189,16 +189,12 @@ def as_on_a_gpu() -> None:
 
 def decode_as_on_a_gpu(decoder: Any) -> None:
     """Gives a decoder on the CPU the operations that it has on CUDA, and the kernel that replays."""
-    from kernels import triton_soft_embedding
     from rollout import vocab_rows
     from rollout.row_ops import FixedOps
-
-    def rebuild(ids: Any, probs: Any, offsets: Any, embedding: Any, *keys_and_dtype: Any) -> Any:
-        *keys, dtype = keys_and_dtype
-        return triton_soft_embedding.rebuild(ids, probs, offsets, embedding, *(key.contiguous() for key in keys), dtype)
+    from tests.rollout.test_triton_soft_decoding import rebuild_as_on_a_gpu
 
     decoder.ops = FixedOps(decoder.arena, decoder.embedding, len(decoder.phase), decoder.vocab_size)
-    vocab_rows.rebuild = rebuild
+    vocab_rows.rebuild = rebuild_as_on_a_gpu
 
 
 if __name__ == "__main__":

@@ -40,17 +40,21 @@ def attend(inputs: list[Tensor], found: Segments) -> Tensor:
     return packed_attention(Grouped(), *inputs, torch.empty(1, 1, ROWS, 0), segments=found, scaling=0.3)[0]
 
 
-def test_segments_give_the_output_and_the_gradients_of_the_whole_mask() -> None:
-    inputs, found = states(), segments(PROMPTS, SAMPLES)
-    query, key, value = inputs
-    wide = [x.repeat_interleave(2, dim=1) for x in (key, value)]
-    expected = scaled_dot_product_attention(query, *wide, attn_mask=visible()[None, None], scale=0.3).transpose(1, 2)
-    output = attend(inputs, found)
+def assert_same(output: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
+    """Values, and gradients of a weighted sum of them."""
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
     mine, theirs = (torch.autograd.grad((x * weight).sum(), inputs) for x in (output, expected))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_segments_give_the_output_and_the_gradients_of_the_whole_mask() -> None:
+    inputs, found = states(), segments(PROMPTS, SAMPLES)
+    query, key, value = inputs
+    wide = [x.repeat_interleave(2, dim=1) for x in (key, value)]
+    expected = scaled_dot_product_attention(query, *wide, attn_mask=visible()[None, None], scale=0.3).transpose(1, 2)
+    assert_same(attend(inputs, found), expected, inputs)
 
 
 def flash_attn_varlen_func(
@@ -85,12 +89,7 @@ def test_lists_give_what_padding_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     padded = attend(inputs, found)
     monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_attn_varlen_func)
     monkeypatch.setattr(attention, "_takes_lists", lambda query: True)
-    lists = attend(inputs, found)
-    weight = torch.randn(padded.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    torch.testing.assert_close(lists, padded, rtol=0, atol=1e-12)
-    mine, theirs = (torch.autograd.grad((x * weight).sum(), inputs) for x in (lists, padded))
-    for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert_same(attend(inputs, found), padded, inputs)
 
 
 def test_every_row_has_its_place_and_padding_reaches_nothing() -> None:
