@@ -45,6 +45,7 @@ class SoftWorkerExtension:
         records = self.model_runner.softrl.take(record_ids)
         return pack_records(records) if self.rank == 0 else b""
 
+    @torch.inference_mode()  # as vLLM's steps are, which make the tensors that are written here
     def softrl_refresh(self) -> None:
         """Look the weights up again after a push, which may have moved them; inputs that wait are made of the new ones."""
         model, requests = self.model_runner.get_model(), self.model_runner.softrl

@@ -291,11 +291,12 @@ def test_an_input_that_waits_during_a_push_is_made_of_the_new_weights(
         worker = engine._llm.worker
         requests, decoder = engine._llm.runner.softrl, engine._llm.runner.softrl.decoder
         options = request_options(a_request(mode=mode, record_full=True), "0")
-        slot = requests.admit("a", SimpleNamespace(extra_args=options), 5)
-        slots, logits = torch.tensor([slot]), torch.zeros(1, VOCABULARY)
-        logits[0, decoder.stop_id] = 50.0  # hard: a true token whose id must not be shown is overlaid too
-        for _ in range(3):
-            decoder.advance(slots, decoder.emitted_length[slots], logits, torch.zeros(1, 32))
+        with torch.inference_mode():  # as vLLM runs its steps; between them, where a push comes, the mode is off
+            slot = requests.admit("a", SimpleNamespace(extra_args=options), 5)
+            slots, logits = torch.tensor([slot]), torch.zeros(1, VOCABULARY)
+            logits[0, decoder.stop_id] = 50.0  # hard: a true token whose id must not be shown is overlaid too
+            for _ in range(3):
+                decoder.advance(slots, decoder.emitted_length[slots], logits, torch.zeros(1, 32))
         before = decoder.next_input[slot].clone()
         embedding = model.get_input_embeddings().weight
         noise = 0.0 if mode is Mode.hard else before - embedding[decoder.stop_id]
