@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ENTRIES = 4096  # rows gathered at once: 4096 rows of 576 floats (9 MB) are no slower on a CPU than fewer
+CHUNK_ENTRIES = 1024  # rows gathered at once: 1024 rows of 576 floats (2 MB) stay in a CPU's cache
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

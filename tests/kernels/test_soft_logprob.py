@@ -150,9 +150,9 @@ def test_what_the_engine_made_has_residual_one_for_the_learner(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dense", [False, True])
 def test_nothing_of_tokens_times_vocabulary_is_ever_alive(dtype, dense, largest_tensor):
-    """T V is 2,000,000 elements here, the entries times the width about 480,000; allowed is one chunk of rows of E."""
+    """T V is 2,000,000 elements here, the entries times the width about 480,000; allowed is E's size, or a chunk of its rows."""
     p = problem(dtype, False, tokens=1000, vocabulary=2000)
-    limit = segments.CHUNK_ENTRIES * 40
+    limit = max(2000, segments.CHUNK_ENTRIES) * 40
     assert len(p.ids) * 24 > 2 * limit
     with largest_tensor:
         fused(p, dense, chunk=40)[0].sum().backward()
