@@ -115,10 +115,15 @@ def print_bench(figures: dict[str, Any], console: Console | None = None) -> None
     for mode, part in figures.get("profile", {}).items():
         console.print(
             f"softrl's share of a {mode} step {part['hook_share']:.1%}: {part['advance_ms']:.2f} ms from logits to the next input, "
-            f"{part['overlay_ms']:.2f} ms to lay it over, of {part['step_ms']:.1f} ms; mixtures {part['mixture_share']:.1%}, "
-            f"noise {part['noise_ms'] / part['step_ms']:.1%}",
+            f"{part['overlay_ms']:.2f} ms to lay it over, of {part['step_ms']:.1f} ms",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
+        if mixing := part["mixing"]:
+            console.print(
+                f"mixing {mixing['rows']:.0f} rows: {mixing['mix_ms']:.2f} ms, {mixing['mix_share']:.1%} of a step of "
+                f"{mixing['step_ms']:.1f} ms; their noise {mixing['noise_ms']:.2f} ms, {mixing['noise_share']:.1%}",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
 
 
 def write_bench(path: Path, figures: dict[str, Any]) -> None:
@@ -151,20 +156,32 @@ def _alternate(
     return speeds, lengths
 
 
-def _profile(engine: Any, config: Config, prompts: list[list[int]], sigma: float) -> dict[str, dict[str, float]]:
-    """By mode: milliseconds of a step and of its parts (rollout.step_profile), the share of softrl's two hooks and of mixing."""
+def _profile(engine: Any, config: Config, prompts: list[list[int]], sigma: float) -> dict[str, dict[str, Any]]:
+    """By mode: milliseconds of a step and of its parts (rollout.step_profile), the share of softrl's two hooks; and of the steps
+    that mix the most rows, where there are any, the shares of mixing and of the noise, which `mix` leaves out here."""
     found = {}
     for mode in (_soft_mode(config), Mode.hard):
         ray.get(engine.profile.remote(True))
         _batch(engine, _requests(config, mode, prompts, sigma, config.policy.max_cot_tokens, seed=0))
         spent = ray.get(engine.profile.remote(False))
-        parts = {f"{part}_ms": 1000 * spent[part] / spent["steps"] for part in (STEP, OVERLAY, ADVANCE, MIX, NOISE)}
-        shares = {
-            "hook_share": (spent[OVERLAY] + spent[ADVANCE]) / spent[STEP],
-            "mixture_share": (spent[MIX] - spent[NOISE]) / spent[STEP],
+        step, mixing = spent["decoding"], spent["mixing"]
+        found[str(mode)] = {
+            "steps": step["steps"],
+            **{f"{part}_ms": 1000 * step[part] for part in (STEP, OVERLAY, ADVANCE)},
+            "hook_share": (step[OVERLAY] + step[ADVANCE]) / step[STEP],
+            "mixing": _mixing_shares(mixing) if mixing["steps"] else None,
         }
-        found[str(mode)] = {**parts, **shares, "steps": spent["steps"]}
     return found
+
+
+def _mixing_shares(mean: dict[str, float]) -> dict[str, float]:
+    parts = {"step": mean[STEP], "mix": mean[MIX] - mean[NOISE], "noise": mean[NOISE]}
+    return {
+        "steps": mean["steps"],
+        "rows": mean["rows"],
+        **{f"{part}_ms": 1000 * seconds for part, seconds in parts.items()},
+        **{f"{part}_share": parts[part] / parts["step"] for part in ("mix", "noise")},
+    }
 
 
 def _batch(engine: Any, requests: list[SampleRequest]) -> list[Trajectory]:

@@ -376,7 +376,7 @@ class RolloutEngine:
         reports = await self._rpc("softrl_stats")
         return {**vars(self._counters), "in_flight": self._in_flight, **json.loads(reports[0])}
 
-    async def profile(self, on: bool) -> dict[str, float]:
+    async def profile(self, on: bool) -> dict[str, dict[str, float]]:
         """Begin or end the timing of the first worker's steps; what StepProfile.stop says at its end."""
         reports = await self._rpc("softrl_profile", on)
         return dict(json.loads(reports[0]))

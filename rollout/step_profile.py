@@ -8,6 +8,8 @@
 
 On a GPU each of these waits for the device before and after, so a profiled step is slower than the same step unwatched, by what
 the host and the device would have done side by side; the shares are those of the work itself.
+
+Forced and answered tokens mix nothing and prefills take long: what a mixture costs is said of the steps that mix the most rows.
 """
 
 import functools
@@ -16,50 +18,72 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kernels import soft_embedding
 
-STEP, OVERLAY, ADVANCE, MIX, NOISE = "step", "overlay", "advance", "mix", "noise"
+STEP, OVERLAY, ADVANCE, MIX, NOISE = PARTS = "step", "overlay", "advance", "mix", "noise"
 
 
 class StepProfile:
     """Times a live runner's methods from its making until `stop`."""
 
     def __init__(self, runner: Any) -> None:
-        self.steps = 0
-        self.seconds = dict.fromkeys((STEP, OVERLAY, ADVANCE, MIX, NOISE), 0.0)
+        self._steps: list[dict[str, float]] = []  # seconds by part, and the rows that mixed
+        ops = runner.softrl.decoder.ops
         self._watched = [
-            (runner, "execute_model", STEP),
-            (runner, "sample_tokens", STEP),
-            (runner.softrl, "overlay", OVERLAY),
-            (runner.softrl, "advance", ADVANCE),
-            (runner.softrl.decoder.ops, "mix", MIX),
-            (soft_embedding, "normal_rows", NOISE),
+            (runner, "execute_model", self._timed(runner.execute_model, STEP, begins=True)),
+            (runner, "sample_tokens", self._timed(runner.sample_tokens, STEP)),
+            (runner.softrl, "overlay", self._timed(runner.softrl.overlay, OVERLAY)),
+            (runner.softrl, "advance", self._timed(runner.softrl.advance, ADVANCE)),
+            (ops, "mix", self._counted(self._timed(ops.mix, MIX))),
+            (soft_embedding, "normal_rows", self._timed(soft_embedding.normal_rows, NOISE)),
         ]
         self._own = [vars(target).get(method) for target, method, _ in self._watched]
-        for target, method, part in self._watched:
-            setattr(target, method, self._timed(getattr(target, method), part))
+        for target, method, watched in self._watched:
+            setattr(target, method, watched)
 
-    def stop(self) -> dict[str, float]:
-        """Leave the runner as it was: the number of its `steps` that decoded, and seconds in all by part."""
+    def stop(self) -> dict[str, dict[str, float]]:
+        """Leave the runner as it was: the mean seconds of each part and the rows that mix, over the "decoding" steps, which are
+        all that have logits, and over the "mixing" ones, which mix as many rows as any did. Each with the number of its "steps".
+        """
         for (target, method, _), own in zip(self._watched, self._own, strict=True):
             if own is None:
                 delattr(target, method)  # uncovers the class's
             else:
                 setattr(target, method, own)
-        return {"steps": self.steps, **self.seconds}
+        decoding = [step for step in self._steps if step[ADVANCE]]
+        fullest = max((step["rows"] for step in decoding), default=0)
+        mixing = [step for step in decoding if step["rows"] == fullest > 0]
+        return {"decoding": _mean(decoding), "mixing": _mean(mixing)}
 
-    def _timed(self, method: Callable[..., Any], part: str) -> Callable[..., Any]:
+    def _timed(self, method: Callable[..., Any], part: str, begins: bool = False) -> Callable[..., Any]:
         @functools.wraps(method)
         def timed(*args: Any, **kwargs: Any) -> Any:
+            if begins:
+                self._steps.append(dict.fromkeys((*PARTS, "rows"), 0.0))
             begun = _now()
             try:
                 return method(*args, **kwargs)
             finally:
-                self.seconds[part] += _now() - begun
-                self.steps += part == ADVANCE
+                if self._steps:  # else the profile began within a step
+                    self._steps[-1][part] += _now() - begun
 
         return timed
+
+    def _counted(self, mix: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(mix)
+        def counted(rows: Any, wanted: Tensor, *args: Any) -> Any:
+            if self._steps:
+                self._steps[-1]["rows"] += int(wanted.sum())
+            return mix(rows, wanted, *args)
+
+        return counted
+
+
+def _mean(steps: list[dict[str, float]]) -> dict[str, float]:
+    count = max(1, len(steps))
+    return {"steps": len(steps)} | {part: sum(step[part] for step in steps) / count for part in (*PARTS, "rows")}
 
 
 def _now() -> float:

@@ -38,8 +38,11 @@ def test_bench_writes_the_ratios(folder: Path, tiny_llama: Path) -> None:
     figures = json.loads((folder / "rollout.json").read_text())
     assert all(figures[key] > 0 for key in ("soft_over_hard", "soft_over_plain_loop", "soft_tokens_per_s", "hard_tokens_per_s"))
     soft, hard = figures["profile"]["soft"], figures["profile"]["hard"]
-    assert 0 < soft["noise_ms"] < soft["mix_ms"] < soft["advance_ms"] < soft["step_ms"] and soft["overlay_ms"] > 0
-    assert hard["noise_ms"] == 0 < hard["advance_ms"]
+    assert 0 < soft["advance_ms"] < soft["step_ms"] and soft["overlay_ms"] > 0
+    mixing = soft["mixing"]
+    assert mixing["rows"] == figures["sequences"] and 0 < mixing["steps"] < soft["steps"]
+    assert 0 < mixing["noise_ms"] < mixing["mix_ms"] < mixing["step_ms"]
+    assert hard["mixing"] is None and hard["advance_ms"] > 0
 
 
 def test_the_other_commands_of_the_readme(folder: Path) -> None:
