@@ -112,7 +112,8 @@ def compare_attention(setting: Setting, batch: PackedBatch) -> Figures:
 
     def outcome(lists: bool) -> list[Tensor]:
         with mock.patch.object(attention, "_takes_lists", lambda _: lists):
-            output, _ = attention.packed_attention(layer, *inputs, None, segments=batch.segments, scaling=width**-0.5)
+            query, key, value = inputs
+            output, _ = attention.packed_attention(layer, query, key, value, None, segments=batch.segments, scaling=width**-0.5)
         return [output, *torch.autograd.grad(output.square().sum(), inputs)]
 
     figures: Figures = {"padded_seconds": seconds_of(lambda: outcome(False), setting), "flash_attn": None}

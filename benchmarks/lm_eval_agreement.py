@@ -70,7 +70,10 @@ def softrl_scores(model: str, name: str, items: Sequence[Item], place: Path) -> 
     scores = place / "softrl" / "eval" / "out_of_domain_000000" / f"{name}.jsonl"
     if not scores.exists() or len(scores.read_text().splitlines()) < len(items):
         run_evaluation(config, None, EvalSets([], [(name, list(items))]), place / "softrl")
-    found = [ItemScore(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for _, row in json_lines(scores)]
+    found = []
+    for _, row in json_lines(scores):
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+        found.append(ItemScore(**fields))
     return sorted(found, key=lambda score: score.index)
 
 

@@ -224,7 +224,7 @@ def work_trl(folder: Path) -> None:
     step: dict[str, Any] = {}
     on_gpu = utils._use_triton
 
-    class Steps(TrainerCallback):  # type: ignore[misc]
+    class Steps(TrainerCallback):
         """Waits for the driver before a step, and reports it after."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
