@@ -120,7 +120,7 @@ def print_bench(figures: dict[str, Any], console: Console | None = None) -> None
         )  # fmt: skip
         if mixing := part["mixing"]:
             console.print(
-                f"mixing {mixing['rows']:.0f} rows: {mixing['mix_ms']:.2f} ms, {mixing['mix_share']:.1%} of a step of "
+                f"mixing {mixing['rows']:.0f} rows: {mixing['mixture_ms']:.2f} ms, {mixing['mixture_share']:.1%} of a step of "
                 f"{mixing['step_ms']:.1f} ms; their noise {mixing['noise_ms']:.2f} ms, {mixing['noise_share']:.1%}",
                 highlight=False, soft_wrap=True,
             )  # fmt: skip
@@ -158,29 +158,29 @@ def _alternate(
 
 def _profile(engine: Any, config: Config, prompts: list[list[int]], sigma: float) -> dict[str, dict[str, Any]]:
     """By mode: milliseconds of a step and of its parts (rollout.step_profile), the share of softrl's two hooks; and of the steps
-    that mix the most rows, where there are any, the shares of mixing and of the noise, which `mix` leaves out here."""
+    that mix the most rows, where there are any, the shares of the mixtures and of their noise."""
     found = {}
     for mode in (_soft_mode(config), Mode.hard):
         ray.get(engine.profile.remote(True))
         _batch(engine, _requests(config, mode, prompts, sigma, config.policy.max_cot_tokens, seed=0))
         spent = ray.get(engine.profile.remote(False))
-        step, mixing = spent["decoding"], spent["mixing"]
+        decoding, mixing = spent["decoding"], spent["mixing"]
         found[str(mode)] = {
-            "steps": step["steps"],
-            **{f"{part}_ms": 1000 * step[part] for part in (STEP, OVERLAY, ADVANCE)},
-            "hook_share": (step[OVERLAY] + step[ADVANCE]) / step[STEP],
+            "steps": decoding["steps"],
+            **{f"{part}_ms": 1000 * decoding[part] for part in (STEP, OVERLAY, ADVANCE)},
+            "hook_share": (decoding[OVERLAY] + decoding[ADVANCE]) / decoding[STEP],
             "mixing": _mixing_shares(mixing) if mixing["steps"] else None,
         }
     return found
 
 
-def _mixing_shares(mean: dict[str, float]) -> dict[str, float]:
-    parts = {"step": mean[STEP], "mix": mean[MIX] - mean[NOISE], "noise": mean[NOISE]}
+def _mixing_shares(spent: dict[str, float]) -> dict[str, float]:
+    parts = {"step": spent[STEP], "mixture": spent[MIX] - spent[NOISE], "noise": spent[NOISE]}
     return {
-        "steps": mean["steps"],
-        "rows": mean["rows"],
+        "steps": spent["steps"],
+        "rows": spent["rows"],
         **{f"{part}_ms": 1000 * seconds for part, seconds in parts.items()},
-        **{f"{part}_share": parts[part] / parts["step"] for part in ("mix", "noise")},
+        **{f"{part}_share": parts[part] / parts["step"] for part in ("mixture", "noise")},
     }
 
 

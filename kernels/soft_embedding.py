@@ -46,7 +46,7 @@ from kernels.segments import entry_dots, segment_max, segment_sum, weighted_rows
 
 TILE = 64  # logits per tile of the first level
 SCAN_ELEMENTS = 1 << 21  # logits scanned at once on a CPU: 8 MB stay in its cache
-MIX_ENTRIES = 1 << 12  # embedding rows gathered at once when mixing (whole rows of the batch, at least one)
+MIX_ENTRIES = 1 << 12  # embedding rows gathered at once on a CPU (whole rows of the batch, at least one): they stay in its cache
 RMS_ROWS = 1 << 13  # embedding rows squared at once
 
 # A bf16 logit is off by at most 2**-8 of its magnitude; the threshold, through the normaliser, by as much again. Twice that is
@@ -108,14 +108,15 @@ def select_support(
     return settle(found, rescore(found.rows, found.ids, hidden, head), tau, threshold)
 
 
+@torch.no_grad()
 def screen(logits: Tensor, tau: Tensor, threshold: float = 1e-6) -> Candidates:
     """The first half of `select_support`, from its arguments: all that a second look at their logits may select."""
     _check_logits(logits, tau, threshold)
     ragged = -logits.shape[1] % TILE
     tiles = (F.pad(logits, (0, ragged), value=-math.inf) if ragged else logits).unflatten(1, (-1, TILE))
-    unit = tau * math.log(2.0)  # powers of 2 below: torch's exp takes four times as long on a CPU
+    unit = tau * math.log(2.0)  # exp(z / tau) = 2**(z / unit): on a CPU where torch's exp is MKL's, it takes four times as long
     tile_max, tile_sum = _scan(tiles, unit)
-    peak, log_total = tile_max.amax(-1), tile_sum.sum(-1).log()
+    peak, log_total = tile_max.amax(-1), tile_sum.double().sum(-1).log().float()
     # Below 0, never 0: even a top probability under the threshold stays selected.
     cut = (tau * (log_total + math.log(threshold))).clamp_max(-torch.finfo(torch.float32).tiny)
     if logits.dtype != torch.float32:
@@ -278,7 +279,7 @@ def _scan(tiles: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
     scratch = torch.empty(min(block, row_count), tile_count, TILE, device=tiles.device)
     for start in range(0, row_count, block):
         part = slice(start, start + block)
-        logits = scratch[: len(unit[part])].copy_(tiles[part])
+        logits = scratch[: len(tiles[part])].copy_(tiles[part])
         peak = torch.amax(logits, -1, out=tile_max[part]).amax(-1)
         # Relative to the peak first: z / tau itself would lose digits at tau = 1e-4.
         torch.sum(logits.sub_(peak[:, None, None]).div_(unit[part, None, None]).exp2_(), -1, out=tile_sum[part])
@@ -325,7 +326,7 @@ def _offsets(counts: Tensor) -> Tensor:
 
 
 def _row_blocks(offsets: Tensor, entries: int) -> Iterator[tuple[slice, slice]]:
-    """Consecutive (rows, entries) of at most MIX_ENTRIES entries, or of one row. A usual batch is one block, with no sync."""
+    """Consecutive (rows, entries) of at most MIX_ENTRIES entries, or of one row."""
     row_count = len(offsets) - 1
     if entries <= MIX_ENTRIES:
         yield slice(0, row_count), slice(0, entries)

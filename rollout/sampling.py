@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.noise import STREAM_ANSWER, STREAM_COT, uniform_rows
 
 BLOCK = 128  # weights added up together
-LN2 = math.log(2.0)  # weights are powers of 2: torch's exp takes four times as long on a CPU
+LN2 = math.log(2.0)  # weights are made as powers of 2, as in kernels.soft_embedding
 CPU_ELEMENTS = 1 << 20  # logits sampled from at once on a CPU: what is made of them stays in its cache
 
 
@@ -28,31 +28,28 @@ def sample_tokens(logits: Tensor, temperature: Tensor, uniform: Tensor | None) -
     """
     rows = max(1, CPU_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
     uniforms = repeat(None) if uniform is None else uniform.split(rows)
-    tokens, logprobs = zip(*map(_sample_block, logits.split(rows), temperature.split(rows), uniforms), strict=True)
+    tokens, logprobs = zip(*map(_sample_rows, logits.split(rows), temperature.split(rows), uniforms), strict=True)
     return torch.cat(tokens), torch.cat(logprobs)
 
 
-def _sample_block(logits: Tensor, temperature: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sample_rows(logits: Tensor, temperature: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
     logits, ragged = logits.float(), -logits.shape[1] % BLOCK
     blocks = (F.pad(logits, (0, ragged), value=-math.inf) if ragged else logits).unflatten(1, (-1, BLOCK))
     peaks = blocks.amax(2)
-    block = peaks.argmax(1, keepdim=True)  # of the blocks, then in the block: torch's argmax of a whole row takes ten times as long
+    block = peaks.argmax(1, keepdim=True)  # of the blocks, then in the block: torch's argmax of a whole row is slow
     token = (block * BLOCK + _block_of(blocks, block).argmax(1, keepdim=True)).squeeze(1)
     below_peak = blocks - peaks.amax(1)[:, None, None]
     if uniform is not None:
         greedy = temperature <= 0
         unit = torch.where(greedy, 1.0, temperature) * LN2
         token = torch.where(greedy, token, _draw((below_peak / unit[:, None, None]).exp2_(), uniform))
-    token = token.clamp_max(logits.shape[1] - 1)  # weights of NaN may lead anywhere
     own = below_peak.flatten(1).gather(1, token[:, None]).squeeze(1)
     return token, own - below_peak.div_(LN2).exp2_().sum(2).sum(1).log()
 
 
 def _draw(weight: Tensor, uniform: Tensor) -> Tensor:
     """Ids [R] of unnormalised weights [R, V / BLOCK, BLOCK] at uniforms [R]: first the block that holds the uniform, then the entry
-    in it.
-
-    Ten times faster on a CPU than a float64 running sum over all of V, which is what exactness would otherwise take.
+    in it. A float64 running sum over all of V, which exactness would otherwise take, is slow on a CPU.
     """
     of_blocks = weight.sum(2).double().cumsum(1)
     target = uniform.double() * of_blocks[:, -1]

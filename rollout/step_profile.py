@@ -15,6 +15,7 @@ Forced and answered tokens mix nothing and prefills take long: what a mixture co
 import functools
 import time
 from collections.abc import Callable
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ class StepProfile:
             setattr(target, method, watched)
 
     def stop(self) -> dict[str, dict[str, float]]:
-        """Leave the runner as it was: the mean seconds of each part and the rows that mix, over the "decoding" steps, which are
-        all that have logits, and over the "mixing" ones, which mix as many rows as any did. Each with the number of its "steps".
+        """Leave the runner as it was. By part, seconds, and the rows that mix: "decoding", the mean of all steps that have logits;
+        "mixing", the median of those that mix as many rows as any did, some of which still prefill. And the number of "steps".
         """
         for (target, method, _), own in zip(self._watched, self._own, strict=True):
             if own is None:
@@ -53,9 +54,9 @@ class StepProfile:
             else:
                 setattr(target, method, own)
         decoding = [step for step in self._steps if step[ADVANCE]]
-        fullest = max((step["rows"] for step in decoding), default=0)
-        mixing = [step for step in decoding if step["rows"] == fullest > 0]
-        return {"decoding": _mean(decoding), "mixing": _mean(mixing)}
+        mixing = [step for step in decoding if step["rows"]]
+        fullest = [step for step in mixing if step["rows"] == max(step["rows"] for step in mixing)]
+        return {"decoding": _over(decoding, mean), "mixing": _over(fullest, median)}
 
     def _timed(self, method: Callable[..., Any], part: str, begins: bool = False) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -81,9 +82,8 @@ class StepProfile:
         return counted
 
 
-def _mean(steps: list[dict[str, float]]) -> dict[str, float]:
-    count = max(1, len(steps))
-    return {"steps": len(steps)} | {part: sum(step[part] for step in steps) / count for part in (*PARTS, "rows")}
+def _over(steps: list[dict[str, float]], average: Callable[[list[float]], float]) -> dict[str, float]:
+    return {"steps": len(steps)} | {part: average([step[part] for step in steps]) for part in (*PARTS, "rows") if steps}
 
 
 def _now() -> float:

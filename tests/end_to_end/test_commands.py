@@ -41,7 +41,7 @@ def test_bench_writes_the_ratios(folder: Path, tiny_llama: Path) -> None:
     assert 0 < soft["advance_ms"] < soft["step_ms"] and soft["overlay_ms"] > 0
     mixing = soft["mixing"]
     assert mixing["rows"] == figures["sequences"] and 0 < mixing["steps"] < soft["steps"]
-    assert 0 < mixing["noise_ms"] < mixing["mix_ms"] < mixing["step_ms"]
+    assert mixing["noise_ms"] > 0 < mixing["mixture_ms"] < mixing["step_ms"] - mixing["noise_ms"]
     assert hard["mixing"] is None and hard["advance_ms"] > 0
 
 
