@@ -23,8 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import require_contiguous, require_dtype, require_positive, require_same_device, require_shape
-from kernels.soft_embedding import TILE, SupportBatch
+from kernels.soft_embedding import SupportBatch
 
+TILE = 64  # logits per tile
 TILES = 64  # tiles per program: 64 x 64 logits, 16 KB, so one row of 128k is read by 32 programs
 BLOCK = TILES * TILE
 STEP = 16  # tiles looked at together where few are hot: 64 at once would need the registers of three programs

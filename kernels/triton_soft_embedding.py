@@ -30,10 +30,9 @@ from kernels.checks import (
     require_shape,
 )
 from kernels.noise import STREAM_SOFT
-from kernels.soft_embedding import TILE
 from kernels.triton_noise import normal_block
 from kernels.triton_segments import FLOATS, rounded
-from kernels.triton_select import FixedSupport, check_batch, support_prob
+from kernels.triton_select import TILE, FixedSupport, check_batch, support_prob
 
 DIMS = 256  # coordinates per program: one warp, 8 a lane, so a bf16 row of E is read in 16-byte loads
 UNROLL = 16  # rows of E in flight per program
