@@ -37,8 +37,8 @@ QUIET = {
 # other busy process on two cores a learner step took three to seven times as long.
 SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
 
-# A CPU's tensors are the C library's memory, which it gives back to the system whenever much of it is free, and each step pays
-# again for its first touch of every page: a third of a mixture's time, a fifth of a learner's step. It keeps what it had instead.
+# A CPU's tensors are the C library's memory. It gives back to the system whatever is large or much, and each step pays again for
+# the first touch of every page: a sixth of a learner's step. It keeps what it had instead.
 KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_MAX_": "0"}
 
 
