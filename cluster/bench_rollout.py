@@ -23,7 +23,7 @@ from rich.console import Console
 
 from cluster.bench_kernels import processor
 from cluster.live import make_table
-from cluster.placement import KEPT_MEMORY, QUIET, SHARED_CORES, cores, placed, ray_session
+from cluster.placement import cores, placed, process_environment, ray_session
 from cluster.plain_loop import PlainLoopSpeed, time_plain_loop
 from cluster.waits import actor_errors
 from configs.errors import RunError
@@ -221,7 +221,7 @@ def _plain_loop(
     options = {
         "num_gpus": gpus,
         "max_retries": 0,
-        "runtime_env": {"env_vars": QUIET | SHARED_CORES | KEPT_MEMORY | {"OMP_NUM_THREADS": str(threads)}},
+        "runtime_env": {"env_vars": process_environment(gpus) | {"OMP_NUM_THREADS": str(threads)}},
     }
     loop = ray.remote(time_plain_loop).options(**options)
     mode = _soft_mode(config)

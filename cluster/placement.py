@@ -38,7 +38,8 @@ QUIET = {
 SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 # A CPU's tensors are the C library's memory. It gives back to the system whatever is large or much, and each step pays again for
-# the first touch of every page: a sixth of a learner's step. It keeps what it had instead.
+# the first touch of every page: a sixth of a learner's step. It keeps what it had instead. Beside a GPU only copies of the weights
+# for a checkpoint are as large, and they should go.
 KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_MAX_": "0"}
 
 
@@ -132,8 +133,13 @@ def _options(group: PlacementGroup, bundle: int, gpus: int, environment: dict[st
         "num_cpus": 1,
         "num_gpus": gpus,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
-        "runtime_env": {"env_vars": QUIET | SHARED_CORES | KEPT_MEMORY | environment},
+        "runtime_env": {"env_vars": process_environment(gpus) | environment},
     }
+
+
+def process_environment(gpus: float) -> dict[str, str]:
+    """What a process that decodes or learns on so many GPUs is started with."""
+    return QUIET | SHARED_CORES | ({} if gpus else KEPT_MEMORY)
 
 
 def _stop(engines: list[Any]) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.placement import require_room
+from cluster.placement import process_environment, require_room
 from configs.errors import InputError
 
 ENGINE, RANK = {"CPU": 1.0, "GPU": 4.0}, {"CPU": 1.0, "GPU": 1.0}
@@ -18,3 +18,9 @@ def test_a_cluster_that_is_too_small_is_told_from_nodes_that_are() -> None:
         require_room([ENGINE, ENGINE, RANK], [{"CPU": 8.0, "GPU": 4.0}] * 2)
     with pytest.raises(InputError, match=r"^engine.tensor_parallel = 4: .* in one node, the largest here has 2; lower it$"):
         require_room([ENGINE, RANK], [{"CPU": 8.0, "GPU": 2.0}] * 4)
+
+
+def test_memory_is_kept_where_tensors_are_the_hosts() -> None:
+    assert process_environment(0)["MALLOC_MMAP_MAX_"] == "0"
+    assert not any(name.startswith("MALLOC") for name in process_environment(1))
+    assert process_environment(1)["OMP_WAIT_POLICY"] == "PASSIVE"
