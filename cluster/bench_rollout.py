@@ -1,6 +1,6 @@
 """`softrl bench rollout`: what soft tokens cost, and what the engine gains over a plain PyTorch loop.
 
-    one vLLM engine     soft, hard, soft, hard, ...   a step's worth of the recipe: its prompts, group size and lengths
+    one vLLM engine     soft, hard, hard, soft, ...   a step's worth of the recipe: its prompts, group size and lengths
     then, on the same   plain loop, plain loop, ...   (cluster/plain_loop.py) in a process of its own, the engine gone
     cores or GPU
 
@@ -36,10 +36,11 @@ from rollout.tasks import load_task
 from rollout.trajectory import SampleRequest, Trajectory
 
 WARM_UP_TOKENS = 4
+PLAIN_LOOP_ROUNDS = 3
 PLAIN_LOOP_TIMEOUT_S = 3600.0
 
 
-def bench_rollout(config: Config, *, sequences: int = 64, rounds: int = 3, profile: bool = False) -> dict[str, Any]:
+def bench_rollout(config: Config, *, sequences: int = 64, rounds: int = 8, profile: bool = False) -> dict[str, Any]:
     """Measure with the model, engine, prompts, lengths and policy of a recipe; `sequences` requests are decoded at once. With
     `profile`, one more round of either mode is timed from inside the engine (rollout/step_profile.py).
 
@@ -61,7 +62,7 @@ def bench_rollout(config: Config, *, sequences: int = 64, rounds: int = 3, profi
         prefill = tokenizer.encode(PREFILL_AT_LIMIT, add_special_tokens=False)
         # The loop decodes as many answer tokens as the engine's answers had on average; in truth it waits for the longest.
         answer = max(1, round(decoded["soft"] / sequences) - config.policy.max_cot_tokens - len(prefill))
-        plain = _plain_loop(config, model_dir, prompts, prefill, sigma, rounds, answer)
+        plain = _plain_loop(config, model_dir, prompts, prefill, sigma, min(rounds, PLAIN_LOOP_ROUNDS), answer)
     soft, hard = speeds[_soft_mode(config)], speeds[Mode.hard]
     return {
         "soft_over_hard": median(s / h for s, h in zip(soft, hard, strict=True)),
@@ -145,7 +146,7 @@ def _alternate(
     speeds: dict[Mode, list[float]] = {mode: [] for mode in modes}
     lengths: dict[str, int] = {}
     for round_ in range(rounds):
-        for mode in modes:
+        for mode in modes if round_ % 2 == 0 else modes[::-1]:
             begun = time.perf_counter()
             cot_tokens = config.policy.max_cot_tokens
             trajectories = _batch(engine, _requests(config, mode, prompts, sigma, cot_tokens, seed=1 + round_))
